@@ -1,0 +1,1 @@
+"""Numbers from predictions: tables, metrics, the report and comparisons of runs."""
