@@ -1,0 +1,1 @@
+"""Keeping: what a checkpoint is on disk (`store`) and how a training becomes one (`state`)."""

@@ -1,0 +1,244 @@
+"""The one module that talks to Accelerate: devices, precision, DDP, and the collectives the rest is written in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import nn
+
+from vitdist.errors import ResourceError, UsageError
+from vitdist.runtime import rng
+from vitdist.runtime.ranks import Ranks, export
+
+MIXED_PRECISION = {"fp32": "no", "bf16": "bf16"}
+_FAILURE_KEY = "vitdist/failure"
+
+
+class Engine:
+    """One process's view of all ranks. Every method marked collective must be called by every rank."""
+
+    def __init__(self, ranks: Ranks, *, precision: str, timeout_seconds: float, deterministic: bool) -> None:
+        """Collective: every rank calls this. UsageError when the launcher did not connect all ranks."""
+        use_cpu = _wants_cpu()
+        export(ranks)
+        if deterministic:
+            _make_deterministic()
+        self.ranks = ranks
+        self._accelerator = Accelerator(
+            # given here, the recipe's word beats what the launcher exports by default (ACCELERATE_MIXED_PRECISION=no)
+            mixed_precision=MIXED_PRECISION[precision],
+            cpu=use_cpu,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds)),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+        )
+        if self._accelerator.num_processes != ranks.world:
+            raise UsageError(
+                f"{ranks.world} ranks were started but Accelerate joined {self._accelerator.num_processes}; "
+                "on machines without a GPU set ACCELERATE_USE_CPU=true, and use --multi_gpu with accelerate launch"
+            )
+
+    @property
+    def rank(self) -> int:
+        return self.ranks.rank
+
+    @property
+    def world(self) -> int:
+        return self.ranks.world
+
+    @property
+    def is_main(self) -> bool:
+        return self.ranks.is_main
+
+    @property
+    def device(self) -> torch.device:
+        return self._accelerator.device
+
+    # ---- the model
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model on its device, in its precision, joined to the other ranks. Collective: DDP broadcasts rank 0's weights."""
+        prepared: nn.Module = self._accelerator.prepare_model(model.to(self.device))
+        return prepared
+
+    def warm_up(self, model: nn.Module, image_size: int) -> None:
+        """A forward and backward whose gradients are thrown away. Collective.
+
+        DDP rebuilds its buckets after a process's first iteration, so the first resumed step would sum gradients in
+        another order than the uninterrupted run's (1.2e-7 at 3 and more ranks). After this call every step is alike.
+        """
+        tensors, plain = rng.get_state()
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        images = torch.zeros(2, 3, image_size, image_size, device=self.device)
+        self._accelerator.backward(sum(logits.sum() * 0.0 for logits in model(images)))
+        model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        rng.set_state(tensors, plain)
+
+    def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+        """Around the forward and backward of a micro-batch: gradients travel only with the last one."""
+        return contextlib.nullcontext() if last else self._accelerator.no_sync(model)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._accelerator.backward(loss)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision of the recipe, for forwards outside the prepared model (evaluation)."""
+        context: AbstractContextManager[None] = self._accelerator.autocast()
+        return context
+
+    # ---- collectives
+
+    def sum_later(self, tensor: torch.Tensor) -> PendingSum:
+        """Start summing a small tensor over all ranks; its values are read later, without stopping the device. Collective."""
+        work = dist.all_reduce(tensor, async_op=True) if self.world > 1 else None
+        return PendingSum(tensor, work)
+
+    def sum(self, array: np.ndarray) -> np.ndarray:
+        """The sum of an array over all ranks. Collective."""
+        if self.world == 1:
+            return array
+        tensor = torch.from_numpy(array.copy()).to(self.device)
+        dist.all_reduce(tensor)
+        return tensor.cpu().numpy()
+
+    def gather(self, array: np.ndarray) -> np.ndarray:
+        """Arrays [n_rank, ...] of all ranks joined in the order of ranks; every rank gets the whole. Collective."""
+        if self.world == 1:
+            return array
+        counts = np.zeros(self.world, dtype=np.int64)
+        counts[self.rank] = len(array)
+        counts = self.sum(counts)
+        padded = np.zeros((int(counts.max()), *array.shape[1:]), dtype=array.dtype)
+        padded[: len(array)] = array
+        mine = torch.from_numpy(padded).to(self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(parts, mine)
+        return np.concatenate([part.cpu().numpy()[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """One JSON value from each rank, in the order of ranks, on every rank. Collective."""
+        text = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+        sizes = self.gather(np.array([len(text)], dtype=np.int64))
+        ends = np.cumsum(sizes)
+        joined = self.gather(text).tobytes()
+        return [json.loads(joined[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's JSON value on every rank: one decides, all agree. Collective."""
+        return self.gather_json(value if self.is_main else None)[0]
+
+    def barrier(self) -> None:
+        """Collective."""
+        if self.world > 1:
+            self.sum(np.zeros(1))
+
+    # ---- failing
+
+    def announce_failure(self, code: int, message: str) -> None:
+        """Leave word for the other ranks, which will find a closed connection: the first failure wins. Not collective."""
+        with contextlib.suppress(RuntimeError, ValueError):  # the store may already be gone with its owner
+            _store().compare_set(_FAILURE_KEY, "", json.dumps({"code": code, "rank": self.rank, "message": message}))
+
+    def heard_failure(self) -> dict[str, Any] | None:
+        """What another rank said before it failed. Not collective."""
+        with contextlib.suppress(RuntimeError, ValueError):
+            if self.world > 1 and _store().check([_FAILURE_KEY]):
+                said: dict[str, Any] = json.loads(_store().get(_FAILURE_KEY))
+                return said
+        return None
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class PendingSum:
+    """A sum over ranks that is under way; `read` waits for it (normally one step later, when it is long done)."""
+
+    def __init__(self, tensor: torch.Tensor, work: Any) -> None:
+        self._work = work
+        self._tensor = tensor
+        self._event: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            if work is not None:
+                work.wait()  # orders the copy after the reduction on the stream; the host does not wait
+            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> list[float]:
+        if self._event is not None:
+            self._event.synchronize()
+        elif self._work is not None:
+            self._work.wait()
+        values: list[float] = self._tensor.tolist()
+        return values
+
+
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module behind DDP."""
+    inner: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    return inner
+
+
+def set_threads(ranks: Ranks, number: int | None = None) -> int:
+    """Set the number of CPU threads, since it changes bits: `number`, else this rank's share of the cores it may use."""
+    cores = len(os.sched_getaffinity(0))
+    number = number or max(1, min(16, cores // ranks.local_world))
+    torch.set_num_threads(number)
+    return number
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; training mode is put back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _wants_cpu() -> bool:
+    """CPU when asked by ACCELERATE_USE_CPU or when there is no GPU; ResourceError when an allocation's GPUs are unseen."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on"):
+        return True
+    if torch.cuda.is_available():
+        return False
+    if os.environ.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0") or os.environ.get("SLURM_STEP_GPUS"):
+        raise ResourceError(
+            "this allocation has GPUs but torch sees none (torch 2.14 wants driver 580 or newer; see nvidia-smi); "
+            "set ACCELERATE_USE_CPU=true to train on the CPU on purpose"
+        )
+    return True
+
+
+def _make_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()

@@ -1,0 +1,131 @@
+"""One writer a run: a lock file with job, host, process and heartbeat, taken over when its owner is dead."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from vitdist.errors import LostError, UsageError
+
+LOCK = ".lock"
+BEAT_SECONDS = 10.0
+DEAD_AFTER = 60.0  # a heartbeat this old, on another host, belongs to a dead writer
+
+
+class RunLock:
+    """Held from `acquire` to `release`. A thread refreshes the heartbeat."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / LOCK
+        self._token = uuid.uuid4().hex
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def acquire(self) -> None:
+        """UsageError naming the owner when somebody alive holds the lock."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(3):
+            if self._create():
+                break
+            owner = self._read()
+            if owner and not _is_dead(owner):
+                raise UsageError(
+                    f"{self.path.parent} is being written by process {owner.get('pid')} on {owner.get('host')} "
+                    f"(job {owner.get('job') or 'none'}, {time.time() - owner.get('beat', 0):.0f} s ago); "
+                    "wait for it, or give this run another folder with out=..."
+                )
+            self._break(owner)
+        else:
+            raise UsageError(f"{self.path} keeps being taken by others; give this run another folder with out=...")
+        self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """LostError when another writer has taken over; called before anything is published."""
+        owner = self._read()
+        if not owner or owner.get("token") != self._token:
+            raise LostError(f"another process took over {self.path.parent}; this one publishes nothing more")
+
+    def release(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        owner = self._read()
+        if owner and owner.get("token") == self._token:
+            self.path.unlink(missing_ok=True)
+
+    def _create(self) -> bool:
+        """Link a complete file into place: readers never see an empty lock."""
+        draft = self.path.with_name(f"{LOCK}.{self._token}")
+        draft.write_text(json.dumps(self._record()))
+        try:
+            os.link(draft, self.path)
+            return True
+        except FileExistsError:
+            return False
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _break(self, owner: dict[str, Any] | None) -> None:
+        """Move a dead lock away by rename, so that of two who find it dead only one succeeds."""
+        grave = self.path.with_name(f"{LOCK}.dead.{self._token}")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.path, grave)
+            grave.unlink(missing_ok=True)
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            "token": self._token,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": _start_time(os.getpid()),
+            "job": _job(),
+            "beat": time.time(),
+        }
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            data = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return None
+        return data if isinstance(data, dict) else None
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT_SECONDS):
+            owner = self._read()
+            if not owner or owner.get("token") != self._token:
+                return  # taken over: `check` will say so before anything is published
+            draft = self.path.with_name(f"{LOCK}.{self._token}")
+            with contextlib.suppress(OSError):  # a full disk costs a heartbeat, not the run
+                draft.write_text(json.dumps(self._record()))
+                os.replace(draft, self.path)
+
+
+def _job() -> str:
+    return os.environ.get("SLURM_JOB_ID", "")
+
+
+def _start_time(pid: int) -> str:
+    """Start time of a live process in clock ticks, so that a reused process id is not mistaken; '' when it is dead."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
+
+
+def _is_dead(owner: dict[str, Any]) -> bool:
+    job = owner.get("job")
+    if job and job == _job():
+        return True  # the same job, requeued: its earlier processes are gone
+    if owner.get("host") == socket.gethostname():
+        return _start_time(int(owner.get("pid", 0))) != owner.get("started") or not owner.get("started")
+    return time.time() - float(owner.get("beat", 0)) > DEAD_AFTER
