@@ -1,0 +1,1 @@
+"""Bringing samples: sources, packing, index, plan, streaming."""

@@ -1,0 +1,87 @@
+"""Compares a packed set with its index, down to every byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from vitdist.data.index import INDEX_NAME, DatasetIndex, Split, is_url, load_index, render_index
+from vitdist.data.indexing import ShardContent, read_shard
+from vitdist.data.tar import BLOCK
+from vitdist.errors import DataError
+
+
+def verify(path: str | Path) -> list[str]:
+    """What is wrong with a packed set, one line a problem; empty when every shard, member and hash is as indexed.
+
+    Reads all of it; shards at a URL are named as unread.
+    """
+    try:
+        index = load_index(path)
+    except DataError as error:
+        return [str(error)]
+    problems = _index_problems(index)
+    work = [(split, number) for split in index.splits.values() for number in range(len(split.shards))]
+    for split in index.splits.values():
+        problems += _table_problems(split, index.taxonomy.num_nodes)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for found in pool.map(lambda item: shard_problems(*item), work):
+            problems += found
+    return problems
+
+
+def _index_problems(index: DatasetIndex) -> list[str]:
+    path = index.root / INDEX_NAME
+    text = path.read_bytes()
+    if render_index(json.loads(text)) != text:
+        return [f"{path}: it is not as vitdist wrote it; copy it again or pack the set again"]
+    return []
+
+
+def _table_problems(split: Split, num_nodes: int) -> list[str]:
+    path = split.root / split.table.path
+    rows = split.samples
+    if hashlib.sha256(rows.tobytes()).hexdigest() != split.table.sha256:
+        return [f"{path}: its sha256 is not the index's; copy it again or pack the set again"]
+    numbers = np.repeat(np.arange(len(split.shards)), np.diff(split.shard_starts))
+    if not np.array_equal(rows["shard"], numbers):
+        return [f"{path}: its rows do not follow the order of the shards"]
+    if len(rows) and not 0 <= rows["label"].min() <= rows["label"].max() < num_nodes:
+        return [f"{path}: a label is outside the class tree"]
+    return []
+
+
+def shard_problems(split: Split, number: int) -> list[str]:
+    """What is wrong with one shard; a damaged member is named, a damaged rest by the shard's hash."""
+    shard, path = split.shards[number], split.shard_file(number)
+    if is_url(path):
+        return [f"{path}: not read, since it is not on a disk here"]
+    try:
+        content = read_shard(path)
+    except DataError as error:
+        return [str(error)]
+    rows = split.samples[split.shard_starts[number] : split.shard_starts[number + 1]]
+    problems = _member_problems(content, rows, split.suffixes, path)
+    if not problems and (content.bytes, content.sha256) != (shard.bytes, shard.sha256):
+        problems = [f"{path}: its {content.bytes} bytes have another sha256 than the index says ({shard.bytes} bytes)"]
+    return problems
+
+
+def _member_problems(content: ShardContent, rows: np.ndarray, suffixes: tuple[str, ...], path: str) -> list[str]:
+    if len(content.samples) != len(rows):
+        return [f"{path}: it holds {len(content.samples)} images, its index says {len(rows)}"]
+    problems = []
+    for row, sample in zip(rows, content.samples, strict=True):
+        image = sample.image
+        assert image is not None
+        place = (image.offset, image.length, image.offset - image.start)
+        if place != (row["offset"], row["length"], int(row["header_blocks"]) * BLOCK):
+            problems.append(f"{path}: {image.name!r} is not where the index has it")
+        elif sample.checksum != row["checksum"] or sample.suffix not in suffixes[row["suffix"] : row["suffix"] + 1]:
+            problems.append(f"{path}: {image.name!r} has other bytes than were indexed")
+    return problems
