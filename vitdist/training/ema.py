@@ -1,0 +1,87 @@
+"""The exponential moving average of a model's weights, kept in float32 beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from vitdist.errors import CheckpointError
+
+COUNT = "num_updates"
+
+
+class ModelEMA:
+    """average <- decay x average + (1 - decay) x weights, for parameters and floating buffers.
+
+    With `warmup` the decay of update t is min(decay, (1 + t) / (10 + t)), so that the average forgets the start of a
+    short run: at 0.9999 alone it would still hold 81 % of it after 2,100 steps. Skipped updates do not count.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, *, warmup: bool = True) -> None:
+        self.decay = decay
+        self.warmup = warmup
+        self.average = {name: tensor.detach().float().clone() for name, tensor in _averaged(model).items()}
+        device = next(iter(self.average.values())).device
+        self.num_updates = torch.zeros((), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, found_inf: Tensor | None = None) -> None:
+        """Take in the model's weights, or nothing where `found_inf` (0-dim, on the device) is not 0.
+
+        Nothing waits for the device. A tensor of the model that is not finite spoils the average unless it is skipped.
+        """
+        taken = torch.ones_like(self.num_updates) if found_inf is None else (found_inf == 0).to(torch.float64)
+        part = (1.0 - self._decay()) * taken
+        self.num_updates += taken
+        skipped = taken == 0
+        for name, tensor in _averaged(model).items():
+            average = self.average[name]
+            moved = torch.lerp(average, tensor.float(), part.float())
+            # Chosen, not multiplied by 0: a buffer that a bad batch made NaN must not come through.
+            average.copy_(torch.where(skipped, average, moved))
+
+    def _decay(self) -> Tensor:
+        if not self.warmup:
+            return torch.full_like(self.num_updates, self.decay)
+        return ((1.0 + self.num_updates) / (10.0 + self.num_updates)).clamp(max=self.decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged tensors by their names in the model, and the count of updates: plain tensors, no copies."""
+        return {**self.average, COUNT: self.num_updates}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up what `state_dict` gave; CheckpointError when it is of another model."""
+        if set(state) != {*self.average, COUNT}:
+            strange = sorted(set(state) ^ {*self.average, COUNT})
+            raise CheckpointError(f"this average is of another model: {strange[0]} and {len(strange) - 1} more differ")
+        for name, tensor in state.items():
+            mine = self.num_updates if name == COUNT else self.average[name]
+            if tensor.shape != mine.shape:
+                raise CheckpointError(f"this average is of another model: {name} has another shape")
+            mine.copy_(tensor)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Overwrite the model's weights with their average, cast to the model's types."""
+        for name, tensor in _averaged(model).items():
+            tensor.copy_(self.average[name])
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """The model carries the average inside the block, and its own weights again, bit for bit, after it."""
+        own = {name: tensor.detach().clone() for name, tensor in _averaged(model).items()}
+        self.copy_to(model)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in _averaged(model).items():
+                    tensor.copy_(own[name])
+
+
+def _averaged(model: nn.Module) -> dict[str, Tensor]:
+    """The floating tensors of a model's state, as they stand in it."""
+    return {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
