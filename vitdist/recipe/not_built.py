@@ -1,0 +1,31 @@
+"""Values the schema knows and this version cannot do yet: taking a line out of this table is what opens a key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vitdist.recipe.rules import Conflict
+from vitdist.recipe.schema import Recipe
+
+Test = Callable[[Any], bool]
+
+NOT_BUILT: tuple[tuple[str, Test, str], ...] = (
+    ("parallel.strategy", lambda value: value != "ddp", "use ddp"),
+    ("parallel.offload", lambda value: value != "none", "use none"),
+    ("train.precision", lambda value: value == "fp16", "use bf16 or fp32"),
+    ("train.micro_batch_size", lambda value: value == "auto", "use a number, or null for the whole share of a rank"),
+    ("data.cache_dir", lambda value: value is not None, "use null: shards are read where they lie"),
+    ("data.allow_pipe", bool, "use false: no command is run for data"),
+    ("data.path", lambda value: value.startswith("pipe:"), "use a folder: no command is run for data"),
+    ("data.path", lambda value: bool(re.match(r"[a-z][a-z0-9+]*://", value)), "use a folder: copy the shards first"),
+)
+
+
+def not_built(recipe: Recipe) -> Iterator[Conflict]:
+    """One line for each value that a later version will take."""
+    values = recipe.flat()
+    for key, asked, instead in NOT_BUILT:
+        if asked(values[key]):
+            yield Conflict((key,), f"not built yet: {str(values[key]).lower()}; {instead}")
