@@ -1,0 +1,219 @@
+"""Bytes of a picture -> uint8 RGB pixels: fast for JPEG, strict about damage, never more than a capped amount of work.
+
+JPEG goes through simplejpeg (libjpeg-turbo, warnings are errors), which scales by 1/2, 1/4 and 1/8 inside the inverse
+DCT; PNG and WebP go through PIL with the format fixed beforehand, since PIL chooses by content and would hand an EPS to
+Ghostscript.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image
+
+Pixels = npt.NDArray[np.uint8]
+Kind = Literal["empty", "not an image", "format not allowed", "too many pixels", "truncated", "cannot decode"]
+
+# PIL's own limit before it warns: 256 MiB of RGB.
+MAX_PIXELS = 178_956_970 // 2
+# The scales that libjpeg-turbo has in SIMD; n/8 in between is slower than the whole picture.
+DCT_FACTORS = (8, 4, 2)
+
+_SIGNATURES: tuple[tuple[bytes, str], ...] = ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"))
+_REFUSED: tuple[tuple[bytes, str], ...] = (
+    (b"%!PS", "EPS"), (b"\xc5\xd0\xd3\xc6", "EPS"), (b"%PDF", "PDF"), (b"GIF8", "GIF"), (b"BM", "BMP"),
+    (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"8BPS", "PSD"), (b"\0\0\x01\0", "ICO"), (b"\0\0\0\x0cjP", "JPEG 2000"),
+    (b"\xff\x0a", "JPEG XL"), (b"\0\0\0\x0cJXL", "JPEG XL"), (b"<svg", "SVG"), (b"#?RADIANCE", "HDR"),
+)  # fmt: skip
+# What PIL lets out of damaged PNG and WebP files and EXIF blocks (found by flipping bytes, tests/data/test_images.py).
+_PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError)
+_LIBRARY_ERRORS = (*_PIL_ERRORS, struct.error, zlib.error)
+
+
+class DamagedImage(ValueError):
+    """A picture that cannot be used; `kind` is what reports count by, `detail` is for people."""
+
+    def __init__(self, kind: Kind, detail: str) -> None:
+        self.kind: Kind = kind
+        self.detail = detail
+        super().__init__(f"{kind}: {detail}")
+
+    def __reduce__(self) -> tuple[type[DamagedImage], tuple[Kind, str]]:
+        return type(self), (self.kind, self.detail)  # workers send it to the main process
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says about itself; `height` and `width` are the upright picture's, after the EXIF orientation."""
+
+    format: str
+    height: int
+    width: int
+    orientation: int
+    colorspace: str
+
+    def factor(self, height: int, width: int, target: int) -> int:
+        """The strongest DCT scaling (8, 4, 2, 1) that leaves a region of height x width pixels at least `target` each way."""
+        if self.format != "JPEG":
+            return 1
+        return next((factor for factor in DCT_FACTORS if min(height, width) >= factor * target), 1)
+
+
+def decode(data: bytes, *, min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """The upright picture as RGB [H, W, 3]; with `min_side` it may come smaller, its short side still >= min_side.
+
+    Raises DamagedImage. Alpha is dropped, 16-bit is cut to its high byte, CMYK is converted as PIL does.
+    """
+    header = read_header(data, max_pixels=max_pixels)
+    factor = 1 if min_side is None else header.factor(header.height, header.width, min_side)
+    return decode_scaled(data, header, factor)
+
+
+def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
+    """Format, upright size, orientation, without decoding pixels; raises DamagedImage for what must not be decoded."""
+    name = _sniff(data)
+    header = _jpeg_header(data) if name == "JPEG" else _pil_header(data, name)
+    if header.height * header.width > max_pixels:
+        raise DamagedImage("too many pixels", f"{header.width} x {header.height}, more than {max_pixels}")
+    return header
+
+
+def decode_scaled(data: bytes, header: Header, factor: int = 1) -> Pixels:
+    """The upright picture at 1/factor of its size, rounded up (factor 1, 2, 4, 8; other than 1 only for JPEG)."""
+    pixels = _decode_jpeg(data, header, factor) if header.format == "JPEG" else _decode_pil(data, header)
+    return _upright(pixels, header.orientation)
+
+
+def _sniff(data: bytes) -> str:
+    if not data:
+        raise DamagedImage("empty", "0 bytes")
+    for signature, name in _SIGNATURES:
+        if data.startswith(signature):
+            return name
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    refused = next((name for signature, name in _REFUSED if data.startswith(signature)), None)
+    if refused is None and data[4:8] == b"ftyp":
+        refused = "HEIF or AVIF"
+    if refused is not None:
+        raise DamagedImage("format not allowed", f"{refused}; JPEG, PNG and WebP are read")
+    raise DamagedImage("not an image", f"starts with {bytes(data[:12])!r}")
+
+
+def _jpeg_header(data: bytes) -> Header:
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError as error:
+        raise _jpeg_damage(error) from error
+    orientation = _orientation(data) if _has_metadata(data) else 1
+    if orientation >= 5:
+        height, width = width, height
+    return Header("JPEG", height, width, orientation, colorspace)
+
+
+def _jpeg_damage(error: Exception) -> DamagedImage:
+    message = str(error)
+    # libjpeg ends a cut file with an EOI of its own and a warning.
+    cut = any(words in message.lower() for words in ("premature end", "input file read error", "empty input"))
+    return DamagedImage("truncated" if cut else "cannot decode", message)
+
+
+def _has_metadata(data: bytes) -> bool:
+    """Whether an APP1 segment (EXIF or XMP, where an orientation may stand) comes before the first scan."""
+    position, end = 2, len(data) - 4
+    while position < end and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xE1:
+            return True
+        if marker == 0xDA:
+            return False
+        position += 1 if marker == 0xFF else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return False
+
+
+def _orientation(data: bytes) -> int:
+    """The EXIF (or XMP) orientation 1-8 as PIL reads it; 1 where the block is absent or damaged."""
+    try:
+        value = Image.open(io.BytesIO(data), formats=("JPEG",)).getexif().get(0x0112, 1)
+    except _LIBRARY_ERRORS:
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _decode_jpeg(data: bytes, header: Header, factor: int) -> Pixels:
+    height, width = (header.width, header.height) if header.orientation >= 5 else (header.height, header.width)
+    cmyk = header.colorspace in ("CMYK", "YCCK")
+    try:
+        pixels: Pixels = simplejpeg.decode_jpeg(
+            data, "CMYK" if cmyk else "RGB", min_height=-(-height // factor), min_width=-(-width // factor), strict=True
+        )
+    except ValueError as error:
+        raise _jpeg_damage(error) from error
+    return _cmyk_to_rgb(pixels) if cmyk else pixels
+
+
+def _cmyk_to_rgb(inverted: Pixels) -> Pixels:
+    """Adobe's inverted CMYK [H, W, 4] to RGB with PIL's rounding, so that both give the same bits."""
+    white = inverted[..., 3:].astype(np.uint32)
+    product = (255 - inverted[..., :3].astype(np.uint32)) * white + 128
+    return (white - ((product + (product >> 8)) >> 8)).astype(np.uint8)
+
+
+def _open_pil(data: bytes, name: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap decides
+            return Image.open(io.BytesIO(data), formats=(name,))
+    except Image.DecompressionBombError as error:
+        raise DamagedImage("too many pixels", str(error)) from error
+    except _LIBRARY_ERRORS as error:
+        raise _pil_damage(error) from error
+
+
+def _pil_header(data: bytes, name: str) -> Header:
+    image = _open_pil(data, name)
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except _LIBRARY_ERRORS:
+        orientation = 1
+    orientation = orientation if orientation in range(1, 9) else 1
+    width, height = image.size if orientation < 5 else image.size[::-1]
+    return Header(name, height, width, orientation, image.mode)
+
+
+def _decode_pil(data: bytes, header: Header) -> Pixels:
+    try:
+        image = _open_pil(data, header.format)
+        image.load()
+        if image.mode.startswith("I"):  # 16-bit grey: PIL's own convert("RGB") would clip at 255 and give white
+            return np.repeat((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        return np.array(image.convert("RGB"))
+    except _LIBRARY_ERRORS as error:
+        raise error if isinstance(error, DamagedImage) else _pil_damage(error) from error
+
+
+def _pil_damage(error: Exception) -> DamagedImage:
+    message = str(error) or type(error).__name__
+    cut = any(words in message.lower() for words in ("truncated", "end of file", "too short"))
+    return DamagedImage("truncated" if cut or isinstance(error, EOFError) else "cannot decode", message)
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    """Apply an EXIF orientation: 2-4 are flips and the half turn, 5-8 also exchange the axes."""
+    if orientation == 1:
+        return pixels
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
