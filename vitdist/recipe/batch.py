@@ -18,7 +18,7 @@ class BatchSplit:
 def split_batch(
     global_batch_size: int, world: int, micro_batch_size: int | None, *, mixing: bool = False
 ) -> BatchSplit:
-    """Divide a global batch; without a micro_batch_size each rank's share is one; `mixing` wants it even, for its pairs.
+    """Divide a global batch; without a micro_batch_size each rank's share is one; `mixing` wants it even, for pairs.
 
     RecipeError in one line with the numbers and the nearest that divide.
     """

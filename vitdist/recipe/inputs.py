@@ -13,7 +13,7 @@ class Val(Section):
     fraction: float = key("share of the training set held back for validation", 0.1, gt=0, le=0.5)
     seed: int = key("draws the split; apart from `seed`, so that several seeds share one split", 0, ge=0, le=2**32 - 1)
     group: bool = key("keep samples of one group (an individual, a burst) on one side, where the set has groups", True)
-    fold: int | None = key("which of the 1/fraction folds is held back; null draws a split of its own", None, ge=0)
+    fold: int = key("which of the 1/fraction disjoint folds is held back", 0, ge=0)
 
 
 class Data(Section):

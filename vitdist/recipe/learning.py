@@ -64,7 +64,7 @@ class Loss(Section):
         "weigh classes in the loss by nothing, by 1/size or by its root", "none"
     )
     l1: float = key("coefficient of the sum of absolute weights in the loss", 0.0, ge=0, le=1)
-    l2: float = key("coefficient of half the sum of squared weights in the loss, beside weight decay", 0.0, ge=0, le=1)
+    l2: float = key("coefficient of the sum of squared weights in the loss, beside weight decay", 0.0, ge=0, le=1)
 
 
 class Optimizer(Section):

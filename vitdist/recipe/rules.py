@@ -178,7 +178,7 @@ def folds(recipe: Recipe) -> Iterator[Conflict]:
     """A fold beyond the last."""
     val = recipe.data.val
     num_folds = round(1 / val.fraction)
-    if val.fold is not None and val.fold >= num_folds:
+    if val.fold >= num_folds:
         text = f"{val.fold} is beyond the last: data.val.fraction {val.fraction:g} makes folds 0 to {num_folds - 1}"
         yield Conflict(("data.val.fold", "data.val.fraction"), text)
 
