@@ -13,7 +13,8 @@ from vitdist.progress import Progress, duration
 
 
 def _step(shown: Progress, step: int, loss: float | None = 1.25) -> None:
-    shown.update(step, epoch=2, loss=loss, lr=3e-4, images_per_second=411.7, data_wait=0.034)
+    line = {"step": step, "epoch": 2, "train/loss": loss, "lr": 3e-4, "images_per_second": 411.7, "data_wait": 0.02}
+    shown.update(line)
 
 
 def test_log_line_says_all_and_comes_every_ten_seconds(
@@ -28,7 +29,7 @@ def test_log_line_says_all_and_comes_every_ten_seconds(
         _step(shown, step)
     lines = [record.getMessage() for record in caplog.records]
     assert [line.split(" · ")[0] for line in lines] == ["step 41/100", "step 61/100", "step 81/100", "step 100/100"]
-    assert lines[1] == "step 61/100 · epoch 2 · loss 1.2500 · lr 0.0003 · 412 img/s · data wait 3 % · left 20 s"
+    assert lines[1] == "step 61/100 · epoch 2 · loss 1.2500 · lr 0.0003 · 412 img/s · data wait 4 % · left 20 s"
 
 
 def test_terminal_shows_a_bar_with_the_same_words() -> None:
@@ -39,6 +40,32 @@ def test_terminal_shows_a_bar_with_the_same_words() -> None:
     shown.close()
     text = screen.getvalue()
     assert "100 %" in text and "step 10/10" in text and "412 img/s" in text and "loss -" in text
+
+
+def test_evaluation_has_a_line_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    shown = Progress(10, interactive=False)
+    shown.update(
+        {"step": 5, "val/loss": 0.75, "val/accuracy/genus": 0.9, "val/accuracy/species": 2 / 3, "val/count": 99}
+    )
+    (record,) = caplog.records
+    assert record.getMessage() == "step 5 · val loss 0.7500 · genus 90.00 %, species 66.67 % · of 99"
+
+
+def test_time_of_an_evaluation_is_not_in_the_time_left(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    caplog.set_level(logging.INFO)
+    shown = Progress(100, interactive=False)
+    for step in range(1, 31):
+        clock[0] += 1
+        _step(shown, step)
+        if step == 20:
+            clock[0] += 600
+            shown.update({"step": 20, "val/loss": 1.0})
+    assert caplog.records[-1].getMessage().endswith("left 1 min 19 s")
 
 
 def test_other_ranks_show_nothing(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
