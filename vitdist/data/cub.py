@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from vitdist.data.archive import read_tgz
 from vitdist.data.keys import plain
 from vitdist.data.sources import FileSlice, SourceSample, whole_file
+from vitdist.data.trees import tree_of
 from vitdist.errors import DataError
-from vitdist.taxonomy import Taxonomy, build, cub
+from vitdist.taxonomy import Taxonomy, cub
 
 LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "bounding_boxes.txt", "classes.txt")
 NUM_IMAGES = 11_788
@@ -57,18 +58,17 @@ def _sample(entry: Entry, files: Files, tree: Taxonomy) -> SourceSample:
     return SourceSample(key, split, labels, files[f"images/{entry.path}"], entry.path, details=details)
 
 
-def restrict(tree: Taxonomy, classes: Iterable[str], *, given: bool) -> Taxonomy:
-    """The tree of those rows whose finest class is among `classes`; DataError naming classes it does not have."""
-    known = {name: tree.offsets[-2] + index for index, name in enumerate(tree.names[-1])}
-    missing = sorted(set(classes) - known.keys())
+def restrict(tree: Taxonomy, classes: set[str], *, given: bool) -> Taxonomy:
+    """The part of a tree that leads to `classes`; DataError naming one that is no finest class of the tree."""
+    missing = sorted(classes - set(tree.names[-1]))
     if missing:
         whose = "the class tree given" if given else "CUB's class tree"
         raise DataError(
             f"{len(missing)} classes are not in {whose}, {missing[0]!r} the first of them; give one that has them: "
             "--taxonomy CSV"
         )
-    paths = (tree.path_names(known[name]) for name in classes)
-    return build(tree.levels, ([path.get(level) for level in tree.levels] for path in paths))
+    paths = [tree.path_names(tree.node(tree.levels[-1], name)) for name in sorted(classes)]
+    return tree_of(tree.levels, paths)
 
 
 def _folder_files(root: Path) -> dict[str, FileSlice]:

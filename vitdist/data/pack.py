@@ -17,7 +17,7 @@ from vitdist.data.indexing import NO_GROUP, LabelOf, build_index, write_durably
 from vitdist.data.intake import BadImage, Prepared, prepare
 from vitdist.data.keys import split_name
 from vitdist.data.sources import SourceSample
-from vitdist.data.staging import require_space, staged
+from vitdist.data.staging import SKIPPED_NAME, require_space, staged
 from vitdist.errors import DataError, UsageError
 from vitdist.taxonomy import Taxonomy
 
@@ -25,7 +25,6 @@ SHARD_BYTES = 128 << 20
 NUM_SHARDS = 24  # an epoch is cut into ranges of shards that nodes share out; 24 divides by most numbers of them
 MIN_SAMPLES = 8  # a shard, unless the split has fewer
 MEMBER_OVERHEAD = 3 * 512 + 1024  # two headers, padding, and the json beside an image
-SKIPPED_NAME = "skipped.json"
 Progress = Callable[[int, int], None]
 """(photographs done, of how many); called after each."""
 

@@ -7,24 +7,27 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from vitdist.data.index import INDEX_NAME, load_index
 from vitdist.data.indexing import sync_folder
+from vitdist.data.verify import verify
 from vitdist.errors import DataError, ResourceError, UsageError
 
+SKIPPED_NAME = "skipped.json"  # beside the index: which bad photographs were left out
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged(out: Path, *, overwrite: bool = False, owned: Sequence[str] = ()) -> Iterator[Path]:
     """A folder beside `out` to write a packed set into; at the end it is renamed to `out`.
 
-    An `out` that already holds exactly this set is left as it is. UsageError, before anything is written, when `out` is
-    something else than a packed set, and afterwards when it is a different one and `overwrite` is not given. A disk
-    that fills up is a ResourceError. Whatever happens, a kill included, `out` is the old set, the new one or absent.
+    An `out` that already holds exactly this set is left as it is; where it is damaged it is replaced. UsageError,
+    before anything is written, when `out` is something else than a packed set, and afterwards when it is a different
+    one and `overwrite` is not given. A disk that fills up is a ResourceError. Whatever happens, a kill included, `out` is the
+    old set, the new one or absent. `owned` names folders that belong to the set besides what its index lists.
     """
     _check_target(out)
     _sweep(out)
@@ -32,7 +35,7 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         stage.mkdir(parents=True)
         yield stage
-        _publish(stage, out, overwrite)
+        _publish(stage, out, overwrite, owned)
     except OSError as error:
         if error.errno in _FULL:
             raise disk_full(stage) from None
@@ -69,32 +72,29 @@ def _check_target(out: Path) -> None:
         raise UsageError(f"{out} holds other files and no packed set; give a folder that is empty or does not exist")
 
 
-def _publish(stage: Path, out: Path, overwrite: bool) -> None:
+def _publish(stage: Path, out: Path, overwrite: bool, owned: Sequence[str]) -> None:
     for folder in (stage, *(path for path in stage.rglob("*") if path.is_dir())):
         sync_folder(folder)
     if (out / INDEX_NAME).is_file():
-        if _is_same(stage, out):
+        is_same = (stage / INDEX_NAME).read_bytes() == (out / INDEX_NAME).read_bytes()
+        if is_same and not verify(out):
             return
-        if not overwrite:
+        if not (is_same or overwrite):
             raise UsageError(f"{out} holds another packed set; give another OUT, or --overwrite to replace it")
-        _replace(stage, out)
+        _replace(stage, out, owned)
     else:
         os.replace(stage, out)
     sync_folder(out.absolute().parent)
 
 
-def _is_same(stage: Path, out: Path) -> bool:
-    from vitdist.data.verify import verify
-
-    return (stage / INDEX_NAME).read_bytes() == (out / INDEX_NAME).read_bytes() and not verify(out)
-
-
-def _replace(stage: Path, out: Path) -> None:
-    """Move the old set aside, the new one in, and then delete of the old what its index names and nothing else."""
+def _replace(stage: Path, out: Path, owned: Sequence[str]) -> None:
+    """Move the old set aside and the new one in, then delete of the old what its index names and what is `owned`."""
     number = next(n for n in range(1, 10_000) if not out.with_name(f"{out.name}.old-{n}").exists())
     old = out.with_name(f"{out.name}.old-{number}")
     os.replace(out, old)
     os.replace(stage, out)
+    for name in owned:
+        shutil.rmtree(old / name, ignore_errors=True)
     discard(old)
 
 
@@ -106,7 +106,7 @@ def discard(folder: Path) -> None:
         return
     (folder / INDEX_NAME).unlink()
     for split in index.splits.values():
-        for path in (split.table.path, *(shard.path for shard in split.shards)):
+        for path in (SKIPPED_NAME, split.table.path, *(shard.path for shard in split.shards)):
             if not os.path.isabs(path) and ".." not in Path(path).parts:
                 (folder / path).unlink(missing_ok=True)
     for subfolder in sorted((folder, *(path for path in folder.rglob("*") if path.is_dir())), reverse=True):

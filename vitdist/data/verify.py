@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from vitdist.data.index import INDEX_NAME, DatasetIndex, Split, is_url, load_index, render_index
-from vitdist.data.indexing import ShardContent, read_shard
+from vitdist.data.shard_content import ShardContent, read_shard
 from vitdist.data.tar import BLOCK
 from vitdist.errors import DataError
 

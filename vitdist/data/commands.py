@@ -1,0 +1,272 @@
+"""`vitdist data ...`: sources to shards, foreign shards to an index, and the check of what lies on disk."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vitdist.data.index import INDEX_NAME, DatasetIndex, load_index
+from vitdist.errors import DataError, UsageError
+
+Progress = Callable[[int, int], None]
+
+
+def register(subparsers: Any) -> None:
+    """Add the `data` command; each action sets `function(options) -> exit code`."""
+    data = subparsers.add_parser("data", help="make, index and verify packed data sets")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _add_cub(actions)
+    _add_folder(actions)
+    _add_demo(actions)
+    _add_index(actions)
+    verify = actions.add_parser("verify", help="read every shard, member and hash of a packed set")
+    verify.add_argument("path", metavar="PATH")
+    verify.set_defaults(function=run_verify)
+
+
+def _add_cub(actions: Any) -> None:
+    parser = actions.add_parser("cub", help="pack CUB-200-2011 (folder or .tgz; all classes or some)")
+    _add_packing(parser, "the CUB_200_2011 folder, or CUB_200_2011.tgz")
+    parser.set_defaults(function=run_cub)
+
+
+def _add_folder(actions: Any) -> None:
+    parser = actions.add_parser("folder", help="pack one folder per class, with or without train/, val/ and test/")
+    _add_packing(parser, "the folder that holds a folder per class (or train/ and test/ with those)")
+    parser.add_argument(
+        "--test-fraction", type=float, default=0.2, help="share of each class for test where no folder says (default 0.2)"
+    )
+    parser.set_defaults(function=run_folder)
+
+
+def _add_demo(actions: Any) -> None:
+    parser = actions.add_parser("demo", help="draw the embedded set of birds and pack it")
+    parser.add_argument("out", metavar="OUT", help="the packed folder; the drawings lie in OUT/source")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train-per-class", type=int, default=100, metavar="N")
+    parser.add_argument("--test-per-class", type=int, default=30, metavar="N")
+    parser.add_argument("--overwrite", action="store_true", help="replace another set at OUT")
+    parser.set_defaults(function=run_demo)
+
+
+def _add_index(actions: Any) -> None:
+    parser = actions.add_parser("index", help="index WebDataset shards that somebody else wrote, where they lie")
+    parser.add_argument(
+        "shards", nargs="+", metavar="SHARDS", help="tar files, folders, 'a-{00..99}.tar', http(s); test=... names a split"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder that index.json is written to")
+    parser.add_argument("--label-key", metavar="KEY", help="the label's key in the json member, or cls (default: found)")
+    parser.add_argument("--classes", metavar="FILE", help="class names, one a line, for numbers from 0 on")
+    parser.add_argument("--group-key", metavar="KEY", default="group", help="json key of what belongs together")
+    _add_tree(parser)
+    parser.set_defaults(function=run_index)
+
+
+def _add_packing(parser: argparse.ArgumentParser, source: str) -> None:
+    parser.add_argument("source", metavar="SOURCE", help=source)
+    parser.add_argument("out", metavar="OUT", help="the packed folder; appears complete or not at all")
+    parser.add_argument("--short-side", type=int, metavar="PX", help="shrink images to this short side (JPEG 90)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order within and across shards (default 0)")
+    parser.add_argument(
+        "--shard-bytes", type=int, default=128 << 20, metavar="BYTES", help="aimed size of a shard at most (128 MiB)"
+    )
+    _add_tree(parser)
+
+
+def _add_tree(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--taxonomy", metavar="CSV", help="class tree: one row a class, columns from coarse to fine")
+    parser.add_argument("--levels", metavar="A,B,C", help="the levels, coarse to fine: columns, folders or json keys")
+    parser.add_argument("--name", help="the set's name in its index")
+    parser.add_argument("--on-bad", choices=("raise", "skip"), default="raise", help="stop at a broken image or skip it")
+    parser.add_argument("--overwrite", action="store_true", help="replace another set at OUT")
+
+
+def run_cub(options: argparse.Namespace) -> int:
+    """`vitdist data cub`."""
+    from vitdist.data.cub import read_cub
+    from vitdist.data.pack import write_packed
+    from vitdist.data.staging import require_space, staged
+
+    source, out = Path(options.source), Path(options.out)
+    before = _hash(out)
+    with staged(out, overwrite=options.overwrite) as stage:
+        spool = stage / "spool"
+        if source.is_file():
+            require_space(stage, 2 * source.stat().st_size)  # the spool and the shards
+        taxonomy, samples = read_cub(source, taxonomy=_taxonomy(options), spool=spool)
+        write_packed(samples, taxonomy, stage, _packing(options, "cub", "cub"), progress=progress("packing"))
+        spool.unlink(missing_ok=True)
+    _report(load_index(out), before)
+    return 0
+
+
+def run_folder(options: argparse.Namespace) -> int:
+    """`vitdist data folder`."""
+    from vitdist.data.folder import read_folder
+    from vitdist.data.pack import pack
+
+    out = Path(options.out)
+    before = _hash(out)
+    found = read_folder(
+        options.source,
+        taxonomy=_taxonomy(options),
+        levels=_levels(options),
+        test_fraction=options.test_fraction,
+        seed=options.seed,
+    )
+    packing = _packing(options, "folder", Path(options.source).absolute().name)
+    show = progress("packing")
+    index = pack(found.samples, found.taxonomy, out, packing, overwrite=options.overwrite, progress=show)
+    _report(index, before, found.notes)
+    return 0
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """`vitdist data demo`."""
+    from vitdist.data.cub import read_cub
+    from vitdist.data.demo import demo_taxonomy, draw_demo
+    from vitdist.data.pack import Packing, write_packed
+    from vitdist.data.staging import staged
+
+    out = Path(options.out)
+    before = _hash(out)
+    with staged(out, overwrite=options.overwrite, owned=("source",)) as stage:
+        source = stage / "source"
+        draw_demo(source, options.seed, options.train_per_class, options.test_per_class)
+        taxonomy, samples = read_cub(source, taxonomy=demo_taxonomy())
+        packing = Packing("demo", seed=options.seed, source={"source": "demo"})
+        write_packed(samples, taxonomy, stage, packing, progress=progress("packing"))
+    _report(load_index(out), before)
+    return 0
+
+
+def run_index(options: argparse.Namespace) -> int:
+    """`vitdist data index`."""
+    from vitdist.data.foreign import index_foreign
+    from vitdist.data.labels import LabelReader
+
+    taxonomy = _taxonomy(options)
+    reader = LabelReader(
+        where=options.label_key,
+        levels=None if taxonomy is not None and options.label_key else _levels(options),
+        class_names=_class_names(options.classes),
+        taxonomy=taxonomy,
+        group_key=options.group_key,
+    )
+    before = _hash(Path(options.out))
+    found = index_foreign(
+        options.shards,
+        options.out,
+        reader,
+        name=options.name,
+        overwrite=options.overwrite,
+        skip_bad=options.on_bad == "skip",
+        progress=progress("indexing"),
+    )
+    for line in found.skipped:
+        print(f"left out: {line}", file=sys.stderr)
+    _report(found.index, before, found.notes)
+    return 0
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """`vitdist data verify`: one line a problem and exit code 4, or what was verified."""
+    from vitdist.data.verify import verify
+
+    problems = verify(options.path)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        return DataError.exit_code
+    splits = load_index(options.path).splits.values()
+    num_shards = sum(len(split.shards) for split in splits)
+    print(f"{sum(split.num_samples for split in splits)} samples in {num_shards} shards verified")
+    return 0
+
+
+def progress(what: str) -> Progress | None:
+    """A counter on one line of the terminal, or None where standard error is none."""
+    if not sys.stderr.isatty():
+        return None
+    shown = 0.0
+
+    def show(num_done: int, num_all: int) -> None:
+        nonlocal shown
+        if num_done == num_all or time.monotonic() - shown > 0.1:
+            shown = time.monotonic()
+            end = "\n" if num_done == num_all else ""
+            print(f"\r{what} {num_done}/{num_all}", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+def _report(index: DatasetIndex, before: str | None, notes: Sequence[str] = ()) -> None:
+    """What now lies there, and what to type next."""
+    num_samples = sum(split.num_samples for split in index.splits.values())
+    verb = "already held" if before == index.hash else "now holds"
+    print(f"{index.root} {verb} {num_samples} photographs of {index.taxonomy.num_classes[-1]} classes")
+    tree = index.taxonomy
+    levels = (f"{number} {level}" for level, number in zip(tree.levels, tree.num_classes, strict=True))
+    print(f"  classes  {', '.join(levels)}")
+    for split in index.splits.values():
+        size = sum(shard.bytes for shard in split.shards)
+        groups = f", {split.num_groups} groups" if split.num_groups else ""
+        samples = f"{split.num_samples} samples in {len(split.shards)} shards"
+        print(f"  {split.name:<8} {samples}, {size / 1e6:.1f} MB{groups}")
+    for note in notes:
+        print(f"  note     {note}")
+    if num_skipped := index.preparation.get("skipped"):
+        print(f"  skipped  {num_skipped}, listed in {index.root / 'skipped.json'}")
+    print(f"  index    sha256 {index.hash}")
+    print(f"next: vitdist data verify {index.root}; then train with data.path={index.root}")
+
+
+def _hash(out: Path) -> str | None:
+    try:
+        return load_index(out).hash if (out / INDEX_NAME).is_file() else None
+    except DataError:
+        return None
+
+
+def _packing(options: argparse.Namespace, source: str, name: str) -> Any:
+    from vitdist.data.pack import Packing
+
+    return Packing(
+        name=options.name or name,
+        seed=options.seed,
+        shard_bytes=options.shard_bytes,
+        short_side=options.short_side,
+        skip_bad=options.on_bad == "skip",
+        source={"source": source},
+    )
+
+
+def _levels(options: argparse.Namespace) -> list[str] | None:
+    if options.levels is None:
+        return None
+    levels = [level.strip() for level in options.levels.split(",")]
+    if not all(levels) or len(set(levels)) < len(levels):
+        raise UsageError(f"--levels {options.levels!r} is no list of different names like order,family,species")
+    return levels
+
+
+def _taxonomy(options: argparse.Namespace) -> Any:
+    from vitdist.data.trees import read_tree
+
+    return read_tree(options.taxonomy, _levels(options)) if options.taxonomy else None
+
+
+def _class_names(path: str | None) -> list[str] | None:
+    if path is None:
+        return None
+    try:
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--classes {path} cannot be read: {error}") from None
+    while names and not names[-1]:
+        names.pop()
+    return names
