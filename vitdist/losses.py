@@ -31,9 +31,9 @@ def hierarchical_loss(
     """A micro-batch's part of the loss: sum over levels of weight x (summed cross entropy) / denominator.
 
     `targets` int64 [B, L], -1 where a level is unknown: such an entry adds nothing. With mixing, `lam` [B] is the part
-    of the own label and 1 - lam that of `partner_targets` [B, L]. Smoothing spreads over a level's own classes, weighted
-    as torch's cross_entropy does. `denominators` [L] are `denominators_of` the global batch; a level that is known of no
-    sample adds 0. Computed in float32; nothing waits for the device.
+    of the own label and 1 - lam that of `partner_targets` [B, L]. Smoothing spreads over a level's own classes,
+    weighted as torch's cross_entropy does. `denominators` [L] are `denominators_of` the global batch; a level that is
+    known of no sample adds 0. Computed in float32; nothing waits for the device.
     """
     total = torch.zeros((), dtype=torch.float32, device=targets.device)
     for level, scores in enumerate(logits):

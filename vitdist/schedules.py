@@ -125,7 +125,7 @@ class Plateau(Schedule):
     def state_dict(self) -> dict[str, Any]:
         return {
             "lr": self.current_lr,
-            "best": self.best if math.isfinite(self.best) else None,  # JSON has no infinity
+            "best": self.best if math.isfinite(self.best) else str(self.best),  # JSON has no infinity
             "num_bad": self.num_bad,
             "cooldown_left": self.cooldown_left,
         }
@@ -133,8 +133,7 @@ class Plateau(Schedule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         try:
             self.current_lr = float(state["lr"])
-            if state["best"] is not None:
-                self.best = float(state["best"])
+            self.best = float(state["best"])
             self.num_bad, self.cooldown_left = int(state["num_bad"]), int(state["cooldown_left"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"this is no plateau schedule's state: {error}") from None

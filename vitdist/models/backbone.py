@@ -23,7 +23,7 @@ from vitdist.models.weights import WeightsRecord, fetch, load_backbone_weights
 
 
 class Tokens(NamedTuple):
-    """What a backbone says about a batch: pooled [B, D], tokens [B, N, T] in row order, and their grid (rows, columns)."""
+    """A backbone's answer: pooled [B, D], tokens [B, N, T] in row order, and their grid (rows, columns)."""
 
     pooled: Tensor
     tokens: Tensor
@@ -47,7 +47,9 @@ class Backbone(nn.Module):
     Layers frozen by `freeze` stay in evaluation mode, so their dropout, drop path and running statistics stand still.
     """
 
-    def __init__(self, model: nn.Module, name: str, data_config: dict[str, Any], image_size: int) -> None:
+    model: Any  # torch's types know nothing of the methods that a timm model has
+
+    def __init__(self, model: Any, name: str, data_config: dict[str, Any], image_size: int) -> None:
         super().__init__()
         self.model = model
         self.name = name
@@ -59,9 +61,9 @@ class Backbone(nn.Module):
         self._frozen: list[nn.Module] = []
 
     def forward(self, images: Tensor) -> Tokens:
-        features = self.model.forward_features(images)  # type: ignore[operator]
+        features = self.model.forward_features(images)
         tokens, grid = self._grid(features)
-        return Tokens(self.model.forward_head(features, pre_logits=True), tokens, grid)  # type: ignore[operator]
+        return Tokens(self.model.forward_head(features, pre_logits=True), tokens, grid)
 
     def _grid(self, features: Any) -> tuple[Tensor, tuple[int, int]]:
         """Tokens and their grid from a feature map (NCHW or NHWC), or from a sequence without its prefix tokens."""
@@ -94,15 +96,17 @@ class Backbone(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that take no weight decay: position embeddings, class and register tokens, queries."""
-        names = set(self.model.no_weight_decay()) if hasattr(self.model, "no_weight_decay") else set()  # type: ignore[operator]
+        names = set(self.model.no_weight_decay()) if hasattr(self.model, "no_weight_decay") else set()
         names |= {name for name, _ in self.model.named_parameters() if name.endswith(".latent")}
         return {f"model.{name}" for name in names}
 
     def layer_ids(self) -> dict[str, int]:
         """Layer number of each parameter by timm's own grouping: 0 the stem, 1 the first block, and so on."""
         if not hasattr(self.model, "group_matcher"):
-            raise UsageError(f"timm knows no layers of {self.name}: set optimizer.layer_decay to 1 and freeze none or all")
-        groups = group_parameters(self.model, self.model.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
+            raise UsageError(
+                f"timm knows no layers of {self.name}: set optimizer.layer_decay to 1 and freeze none or all"
+            )
+        groups = group_parameters(self.model, self.model.group_matcher(coarse=False), reverse=True)
         return {f"model.{name}": layer for name, layer in groups.items()}
 
 
@@ -125,7 +129,8 @@ def build_backbone(
     else:
         model = _create(name, image_size, drop_path)
         config = resolve_model_data_config(model)
-        kept = {key: config[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+        kept = {key: config[key] for key in ("interpolation", "crop_pct")}
+        kept |= {key: tuple(config[key]) for key in ("mean", "std")}
         backbone = Backbone(model, name, kept, image_size)
     _check_patches(backbone)
     if grad_checkpointing:
@@ -139,14 +144,11 @@ def freeze(backbone: Backbone, what: str | int) -> None:
     """Stop training of nothing ('none'), of everything ('backbone'), or of the stem and the first `what` blocks."""
     if what in ("none", 0):
         return
-    if what == "backbone":
-        frozen = {name for name, _ in backbone.named_parameters()}
-    else:
-        frozen = _first_layers(backbone, what)
+    frozen = dict(backbone.named_parameters()) if what == "backbone" else _first_layers(backbone, what)
     for name, parameter in backbone.named_parameters():
         if name in frozen:
             parameter.requires_grad_(False)
-    backbone._frozen = list(_frozen_modules(backbone))
+    backbone._frozen = list(_frozen_modules(backbone.model))
     backbone.train(backbone.training)
 
 
@@ -185,7 +187,7 @@ def _scratch(shape: ViTShape, image_size: int, drop_path: float) -> Backbone:
     return Backbone(model, "vit", config, image_size)
 
 
-def _create(name: str, image_size: int, drop_path: float) -> nn.Module:
+def _create(name: str, image_size: int, drop_path: float) -> Any:
     """The timm model, built without weights: timm's own loading may fall back to pickled files."""
     source = _local_source(name)
     options: dict[str, Any] = {"num_classes": 0}
@@ -213,7 +215,9 @@ def _takes_image_size(name: str) -> bool:
     if name.startswith("local-dir:"):
         return bool(_local_config(name).get("fixed_input_size"))
     if ":" in name or "/" in name:
-        raise UsageError(f"{name} is no backbone: a folder is named local-dir:PATH, a Hugging Face repository hf-hub:NAME")
+        raise UsageError(
+            f"{name} is no backbone: a folder is named local-dir:PATH, a Hugging Face repository hf-hub:NAME"
+        )
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         raise UsageError(f"there is no backbone {name}; {_close_matches(name)}")
@@ -259,8 +263,8 @@ def _check_patches(backbone: Backbone) -> None:
 
 def _checkpoint_gradients(backbone: Backbone) -> None:
     try:
-        backbone.model.set_grad_checkpointing(True)  # type: ignore[operator]
+        backbone.model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"{backbone.name} cannot checkpoint gradients; set train.grad_checkpointing to false") from error
-
-
+        raise UsageError(
+            f"{backbone.name} cannot checkpoint gradients; set train.grad_checkpointing to false"
+        ) from error

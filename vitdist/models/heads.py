@@ -90,7 +90,14 @@ class AttentionHead(Head):
     """
 
     def __init__(
-        self, width: int, tree: Taxonomy, *, token_width: int, num_heads: int, dropout: float, self_attention_blocks: int
+        self,
+        width: int,
+        tree: Taxonomy,
+        *,
+        token_width: int,
+        num_heads: int,
+        dropout: float,
+        self_attention_blocks: int,
     ) -> None:
         super().__init__(width, tree, dropout)
         self.blocks = nn.Sequential(

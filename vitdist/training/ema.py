@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vitdist.errors import CheckpointError
 
 COUNT = "num_updates"
+CHUNK = 64  # tensors averaged at once
 
 
 class ModelEMA:
@@ -31,17 +32,18 @@ class ModelEMA:
     def update(self, model: nn.Module, found_inf: Tensor | None = None) -> None:
         """Take in the model's weights, or nothing where `found_inf` (0-dim, on the device) is not 0.
 
-        Nothing waits for the device. A tensor of the model that is not finite spoils the average unless it is skipped.
+        Nothing waits for the device. Parameters are taken to be finite, as they are where bad updates are skipped.
         """
         taken = torch.ones_like(self.num_updates) if found_inf is None else (found_inf == 0).to(torch.float64)
-        part = (1.0 - self._decay()) * taken
+        part = ((1.0 - self._decay()) * taken).float()
         self.num_updates += taken
-        skipped = taken == 0
-        for name, tensor in _averaged(model).items():
+        parameters, buffers = _parameters(model), _buffers(model)
+        for names in _chunks(list(parameters)):
+            _move([self.average[name] for name in names], [parameters[name] for name in names], part)
+        for name, tensor in buffers.items():
             average = self.average[name]
-            moved = torch.lerp(average, tensor.float(), part.float())
             # Chosen, not multiplied by 0: a buffer that a bad batch made NaN must not come through.
-            average.copy_(torch.where(skipped, average, moved))
+            average.copy_(torch.where(taken == 0, average, torch.lerp(average, tensor.float(), part)))
 
     def _decay(self) -> Tensor:
         if not self.warmup:
@@ -82,6 +84,27 @@ class ModelEMA:
                     tensor.copy_(own[name])
 
 
+def _move(averages: list[Tensor], tensors: list[Tensor], part: Tensor) -> None:
+    """averages += part x (tensors - averages), a few kernels for all of them."""
+    moves = torch._foreach_sub([tensor.detach().float() for tensor in tensors], averages)
+    torch._foreach_mul_(moves, part)
+    torch._foreach_add_(averages, moves)
+
+
+def _chunks(names: list[str]) -> Iterator[list[str]]:
+    """A few at a time, so that the differences of a large model need not all be in memory at once."""
+    for start in range(0, len(names), CHUNK):
+        yield names[start : start + CHUNK]
+
+
 def _averaged(model: nn.Module) -> dict[str, Tensor]:
-    """The floating tensors of a model's state, as they stand in it."""
-    return {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    """The floating parameters and buffers of a model, as they stand in it."""
+    return {**_parameters(model), **_buffers(model)}
+
+
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in model.named_parameters() if tensor.is_floating_point()}
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in model.named_buffers() if tensor.is_floating_point()}
