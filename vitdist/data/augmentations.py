@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 import cv2
@@ -60,6 +61,16 @@ def erased_box(size: int, draws: Sequence[float]) -> Box | None:
     return None
 
 
+def noise_levels(mean: Sequence[float], std: Sequence[float]) -> Pixels:
+    """[1, 256, 3]: what turns a random byte into a level of normal noise with the data's mean and deviation (0-1).
+
+    A table of quantiles: a generator's bytes are far cheaper than its normal numbers.
+    """
+    normal = np.array([NormalDist().inv_cdf((byte + 0.5) / 256) for byte in range(256)])[:, None]
+    levels = np.rint(255 * (np.asarray(mean) + normal * np.asarray(std)))
+    return np.clip(levels, 0, 255).astype(np.uint8)[None]
+
+
 def _shapes(
     area: int, scale: Sequence[float], ratio: Sequence[float], draws: Sequence[float]
 ) -> Iterator[tuple[int, int]]:
@@ -85,7 +96,7 @@ def rotate(pixels: Pixels, degrees: float) -> Pixels:
 
 
 def jitter_colour(pixels: Pixels, strength: Sequence[float], draws: Sequence[float]) -> Pixels:
-    """Brightness, contrast, saturation, hue (strengths [4], draws [4]) as ONE affine map of colours: one pass, one rounding.
+    """Brightness, contrast, saturation, hue (strengths [4], draws [4]) as ONE affine map of colours, rounded once.
 
     The first three are torchvision's blends, in that order; the hue turns YIQ's chroma plane instead of going by HSV.
     """

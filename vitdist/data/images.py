@@ -61,7 +61,7 @@ class Header:
     colorspace: str
 
     def factor(self, height: int, width: int, target: int) -> int:
-        """The strongest DCT scaling (8, 4, 2, 1) that leaves a region of height x width pixels at least `target` each way."""
+        """The strongest DCT scaling (8, 4, 2, 1) that leaves a region of height x width at least `target` both ways."""
         if self.format != "JPEG":
             return 1
         return next((factor for factor in DCT_FACTORS if min(height, width) >= factor * target), 1)
