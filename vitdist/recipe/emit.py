@@ -13,7 +13,7 @@ from vitdist.recipe.fields import VALUES
 from vitdist.recipe.yaml_lines import resolve
 
 _BARE = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./@+=-]*(?: [A-Za-z0-9_./@+=-]+)*")
-_RESOLVER = yaml.SafeLoader("").resolve  # what a YAML 1.1 reader would take a plain scalar for
+_YAML_1_1: Any = yaml.SafeLoader("")
 _TEXT_TAG = "tag:yaml.org,2002:str"
 
 
@@ -49,5 +49,5 @@ def inline(value: Any) -> str:
 def word(text: str) -> str:
     """Text as a scalar, quoted where any reader could take it for something else."""
     plain = _BARE.fullmatch(text) and isinstance(resolve(text), str)
-    plain = plain and _RESOLVER(yaml.ScalarNode, text, (True, False)) == _TEXT_TAG
+    plain = plain and _YAML_1_1.resolve(yaml.ScalarNode, text, (True, False)) == _TEXT_TAG
     return text if plain else json.dumps(text, ensure_ascii=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 import annotated_types
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -79,9 +79,8 @@ def is_section(annotation: Any) -> bool:
 
 def section_of(info: FieldInfo) -> type[Section]:
     """The model of a nested section."""
-    annotation: Any = info.annotation
-    assert is_section(annotation), f"{annotation} is no section"
-    return annotation
+    assert is_section(info.annotation), f"{info.annotation} is no section"
+    return cast("type[Section]", info.annotation)
 
 
 def walk(model: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -33,7 +33,7 @@ def schema_text() -> str:
 
 
 def _tidy(node: Any) -> Any:
-    """Without pydantic's titles, which repeat the key, and our own notes other than the unit; empty sections are fine."""
+    """Without pydantic's titles, which repeat the key, and our notes other than the unit; empty sections pass."""
     if isinstance(node, list):
         return [_tidy(item) for item in node]
     if not isinstance(node, dict):

@@ -9,7 +9,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from vitdist.recipe import durations
-from vitdist.recipe.fields import Section, choices, describe, is_section, options, section_of, walk
+from vitdist.recipe.fields import Names, Section, choices, describe, is_section, options, section_of, walk
+from vitdist.recipe.learning import MONITORS
 from vitdist.recipe.problems import Place, Problem, short
 from vitdist.recipe.schema import Recipe
 from vitdist.recipe.suggest import meant_key, nearest
@@ -20,7 +21,20 @@ RANGE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "
 KINDS: tuple[tuple[type, str], ...] = (
     (bool, "is a truth value"), (int, "is a whole number"), (float, "is a decimal number"), (str, "is text"),
 )  # fmt: skip
-TRUTH = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+TRUTH = {
+    "yes": "true",
+    "on": "true",
+    "y": "true",
+    "1": "true",
+    "no": "false",
+    "off": "false",
+    "n": "false",
+    "0": "false",
+}
+WORDS = {
+    "off": "disabled", "no": "disabled", "false": "disabled", "on": "online", "true": "online",
+    "16": "bf16", "32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float32": "fp32",
+}  # fmt: skip
 
 Find = Callable[[Sequence[str]], Node | None]
 
@@ -131,21 +145,33 @@ def _fault(error: ErrorDetails, info: FieldInfo, node: Node | None) -> str:
 
 
 def _hint(info: FieldInfo, node: Node | None) -> str | None:
+    """What was probably meant by a value that is not allowed."""
     if not isinstance(node, Scalar):
         return None
-    text = node.text
-    accepted = options(info.annotation)
-    if bool in accepted:
-        return TRUTH.get(text.lower()) or nearest(text, ["true", "false"])
+    text, accepted, words = node.text, options(info.annotation), choices(info.annotation)
     units = next((note.units for note in _durations(info)), None)
     if units:
-        return durations.meant(text, units)
-    if choices(info.annotation):
-        return nearest(text, choices(info.annotation))
-    if str in accepted and "val/loss" in describe(info):
+        meant = durations.meant(text, units)
+        return meant if meant != text else None
+    if bool in accepted:
+        return TRUTH.get(text.lower()) or nearest(text, ["true", "false"])
+    if words:
+        return WORDS[text.lower()] if WORDS.get(text.lower()) in words else nearest(text, words)
+    if Names in accepted:
+        return f"[{short(text)}]"
+    if MONITORS in describe(info):
         return nearest(text, ["val/loss", "val/accuracy"])
-    number = isinstance(resolve(text), int | float) and not isinstance(resolve(text), bool)
-    return f"{text} without quotes" if number and not node.plain else None
+    return _number(node, int in accepted)
+
+
+def _number(node: Scalar, whole: bool) -> str | None:
+    """A number in quotes, or one with a point or an exponent where a whole one is wanted."""
+    value = resolve(node.text)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    if not node.plain:
+        return f"{node.text} without quotes"
+    return str(int(value)) if whole and isinstance(value, float) and value.is_integer() else None
 
 
 def _durations(info: FieldInfo) -> Iterator[durations.DurationOf]:

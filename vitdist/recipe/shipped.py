@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -56,9 +55,7 @@ def copy_recipe(name: str, target: Path) -> list[Path]:
 
 def _copy(source: Path, target: Path) -> Path:
     text = source.read_text(encoding="utf-8")
-    here = os.path.relpath(SCHEMA_FILE, target.resolve().parent)
-    schema = here if not here.startswith(os.path.join("..", "..", "..")) else str(SCHEMA_FILE)
-    text = _EDITOR_LINE.sub(lambda _: f"# yaml-language-server: $schema={schema}", text)
+    text = _EDITOR_LINE.sub(lambda _: f"# yaml-language-server: $schema={SCHEMA_FILE}", text)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("x", encoding="utf-8") as file:

@@ -79,15 +79,22 @@ def meant_key(section: str, name: str, siblings: Iterable[str], known: Iterable[
     """The key meant by an unknown one: a sibling by its bare name, one of another section by its dotted name."""
     siblings, known = list(siblings), list(known)
     if name in known:  # a dotted key written as one word
-        return f"{name} as nested keys"
+        above, _, last = name.rpartition(".")
+        return f"{above}: {{{last}: ...}}"
+    target = SYNONYMS.get(name.lower().replace("-", "_"), "")
+    if target and target.rpartition(".")[0] == section:
+        return target.rpartition(".")[2]
     close = nearest(name, siblings, 0.75)
-    if close:
-        return close
+    return close or target or _elsewhere(section, name, known) or nearest(name, siblings)
+
+
+def _elsewhere(section: str, name: str, known: list[str]) -> str | None:
+    """A key of any section with this name or a similar one."""
     namesakes = [dotted for dotted in known if dotted.rpartition(".")[2] == name]
+    if namesakes:
+        return namesakes[0]
     synonym = nearest(name, SYNONYMS, 0.85)
-    target = namesakes[0] if len(namesakes) == 1 else SYNONYMS[synonym] if synonym else None
-    if target is None:
-        distant = nearest(name, siblings)
-        others = nearest(name, {dotted.rpartition(".")[2] for dotted in known}, 0.85)
-        return distant or next((dotted for dotted in known if others and dotted.endswith(f".{others}")), None)
-    return target.removeprefix(section + ".") if section else target
+    if synonym:
+        return SYNONYMS[synonym].removeprefix(section + ".") if section else SYNONYMS[synonym]
+    similar = nearest(name, {dotted.rpartition(".")[2] for dotted in known}, 0.85)
+    return next((dotted for dotted in known if similar and dotted.endswith(f".{similar}")), None)
