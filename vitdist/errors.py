@@ -9,6 +9,7 @@ class VitdistError(Exception):
     """A failure the user can act on; `exit_code` is what the process ends with."""
 
     exit_code = 1
+    spoken_elsewhere = False  # another rank prints it
 
 
 class UsageError(VitdistError):

@@ -1,0 +1,117 @@
+"""A training as files, and back: tensors in safetensors, the rest in JSON, no pickle.
+
+model.safetensors holds the weights to use (the average where there is one); training.safetensors what only going on
+needs: the weights under training, the optimizer's tensors by parameter name, and every rank's random generators.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vitdist.errors import CheckpointError
+
+MODEL = "model.safetensors"
+TRAINING = "training.safetensors"
+STATE = "state.json"
+RECIPE = "recipe.yaml"
+TAXONOMY = "taxonomy.json"
+PREPROCESSING = "preprocessing.json"
+_MAX_JSON = 64 << 20
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything one checkpoint holds, on the host: nothing here changes while it is written."""
+
+    step: int
+    model: Mapping[str, Tensor]
+    training: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+    recipe: str
+    taxonomy: Mapping[str, Any]
+    preprocessing: Mapping[str, Any]
+    weights: str  # "ema" or "raw": what model.safetensors holds
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write the files; returns what the manifest says of them."""
+        save_file(dict(self.model), folder / MODEL)
+        save_file(dict(self.training), folder / TRAINING)
+        (folder / STATE).write_text(_dump(self.state))
+        (folder / RECIPE).write_text(self.recipe, encoding="utf-8")
+        (folder / TAXONOMY).write_text(_dump(self.taxonomy))
+        (folder / PREPROCESSING).write_text(_dump(self.preprocessing))
+        return {"weights": self.weights}
+
+
+def _dump(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """JSON of a checkpoint; CheckpointError when it is damaged, too large, too deep or holds NaN."""
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise CheckpointError(f"{path} is too large")
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; choose another checkpoint") from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file; CheckpointError when it is damaged."""
+    try:
+        return load_file(path)
+    except (OSError, safetensors.SafetensorError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; choose another checkpoint") from None
+
+
+def on_host(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Copies in host memory, each with its own storage, as safetensors wants them."""
+    return {prefix + name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """`name/key` -> tensor for every parameter's state; names are the model's, so the order of groups does not matter."""
+    tensors = {}
+    for name, parameter in _named(optimizer):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value is not None:
+                assert isinstance(value, Tensor), f"{key} of the optimizer is no tensor"
+                tensors[f"{name}/{key}"] = value
+    return tensors
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave; CheckpointError when it is of another model."""
+    parameters = dict(_named(optimizer))
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition("/")
+        parameter = parameters.get(name)
+        if parameter is None:
+            raise CheckpointError(f"the optimizer's state has {name}, which is not trained here")
+        # fused kernels want moments and step counters beside their parameters
+        optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
+
+
+def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.nn.Parameter]]:
+    return [
+        pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"], strict=True)
+    ]
+
+
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

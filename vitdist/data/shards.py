@@ -1,0 +1,103 @@
+"""Bytes of samples, read at their offsets and checked against the index before anybody looks at them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import zlib
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vitdist.data.index import Split, read_key
+from vitdist.data.tar import DamagedShard
+
+MAX_OPEN_FILES = 64
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One sample that could not be used, and why. `kind` is one of a few words that counts are kept by."""
+
+    row: int
+    shard: str
+    offset: int
+    kind: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"shard {self.shard}, sample {self.row} at byte {self.offset}: {self.kind} ({self.detail})"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class DamagedSample(Exception):
+    """Raised by `read`; policy (stop or replace) is the caller's."""
+
+    def __init__(self, damage: Damage) -> None:
+        super().__init__(str(damage))
+        self.damage = damage
+
+
+class ShardReader:
+    """Reads samples of one split by row. Keeps a bounded number of shards open; belongs to one process."""
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, row: int) -> bytes:
+        """The image's bytes, exactly as indexed; DamagedSample otherwise."""
+        record = self._split.samples[row]
+        shard, offset, length = int(record["shard"]), int(record["offset"]), int(record["length"])
+        try:
+            data = self._pread(shard, length, offset)
+        except OSError as error:
+            raise self.damaged(row, "unreadable", error.strerror or str(error)) from None
+        if len(data) != length:
+            raise self.damaged(row, "truncated", f"{len(data)} of {length} bytes are there")
+        if zlib.crc32(data) != int(record["checksum"]):
+            raise self.damaged(row, "checksum", "these are not the bytes that were indexed")
+        return data
+
+    def key(self, row: int) -> str:
+        """The sample's key as its tar header has it; DamagedSample when the header is not the row's."""
+        record = self._split.samples[row]
+        try:
+            return read_key(self._file(int(record["shard"])), record)
+        except (OSError, DamagedShard) as error:
+            raise self.damaged(row, "header", str(error)) from None
+
+    def damaged(self, row: int, kind: str, detail: str) -> DamagedSample:
+        """The record of a damage at a row, ready to raise."""
+        record = self._split.samples[row]
+        shard = self._split.shards[int(record["shard"])].path
+        return DamagedSample(Damage(row, shard, int(record["offset"]), kind, detail))
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _pread(self, shard: int, length: int, offset: int) -> bytes:
+        try:
+            return os.pread(self._file(shard), length, offset)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            # network file systems answer EIO once when a server fails over: open anew and ask again
+            os.close(self._open.pop(shard))
+            return os.pread(self._file(shard), length, offset)
+
+    def _file(self, shard: int) -> int:
+        descriptor = self._open.get(shard)
+        if descriptor is None:
+            descriptor = os.open(self._split.shard_file(shard), os.O_RDONLY | os.O_CLOEXEC)
+            # a block of the plan needs all of a shard soon: let the kernel read it ahead, front to back
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            self._open[shard] = descriptor
+            if len(self._open) > MAX_OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+        else:
+            self._open.move_to_end(shard)
+        return descriptor

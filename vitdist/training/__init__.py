@@ -1,0 +1,1 @@
+"""Turning the crank: the loop, its state, and the run around it."""

@@ -1,0 +1,119 @@
+"""What a recipe's data section stands for: the packed set, the class tree to learn, and the views that train and choose."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitdist import taxonomy
+from vitdist.data.index import DatasetIndex, Split, load_index
+from vitdist.data.views import View, everything, validation_split
+from vitdist.errors import DataError
+from vitdist.recipe.schema import Recipe
+from vitdist.taxonomy import Taxonomy
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A view of one split, under the name its numbers are reported by (train, val, test)."""
+
+    name: str
+    split: Split
+    view: View
+
+    @property
+    def num_samples(self) -> int:
+        return self.view.num_samples
+
+    def describe(self) -> dict[str, Any]:
+        """What splits/<name>.json holds: the count, and a hash of the rows by which two runs' splits can be compared."""
+        rows = self.view.rows(0, self.view.num_samples)
+        digest = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
+        return {"name": self.name, "split": self.split.name, "samples": len(rows), "sha256": digest}
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """Everything a run reads. targets int32 [num_nodes of the packed tree, L] turns packed labels into class indices."""
+
+    index: DatasetIndex
+    tree: Taxonomy
+    targets: np.ndarray
+    train: Selection
+    val: Selection | None  # what chooses: None under refit, test itself under paper
+
+    def test(self, split: str = "test") -> Selection:
+        """A whole split, to evaluate on."""
+        found = self.index.split(split)
+        return Selection(split, found, everything(found.shard_starts))
+
+    def train_labels(self) -> np.ndarray:
+        """int32 [N]: the packed label of every row of the split that train is a view of."""
+        return np.asarray(self.train.split.samples["label"])
+
+
+def open_datasets(recipe: Recipe) -> Datasets:
+    """Open the packed set of a recipe; DataError when it is missing, incomplete or lacks what the recipe asks for."""
+    index = load_index(recipe.data.path)
+    tree = choose_tree(index, recipe.data.taxonomy, recipe.model.levels)
+    targets = tree.targets_from(index.taxonomy)
+    split = index.split("train")
+    split.check_shards()
+    train, val = _views(recipe, index, split)
+    labels = np.asarray(split.samples["label"])[train.view.rows(0, train.num_samples)]
+    if (targets[labels] < 0).all(axis=1).any():
+        raise DataError(f"{recipe.data.taxonomy} knows nothing of some classes of {recipe.data.path}; add them to it")
+    return Datasets(index, tree, targets, train, val)
+
+
+def _views(recipe: Recipe, index: DatasetIndex, split: Split) -> tuple[Selection, Selection | None]:
+    """(train, what chooses) under the recipe's protocol. A val split that was packed as one is taken as it is."""
+    whole = Selection("train", split, everything(split.shard_starts))
+    if recipe.evaluation.protocol == "refit":
+        return whole, None
+    if recipe.evaluation.protocol == "paper":
+        test = index.split("test")
+        return whole, Selection("val", test, everything(test.shard_starts))
+    if "val" in index.splits:
+        val = index.split("val")
+        return whole, Selection("val", val, everything(val.shard_starts))
+    wish = recipe.data.val
+    train, held_out = validation_split(
+        split.shard_starts,
+        np.asarray(split.samples["label"]),
+        np.asarray(split.samples["group"]) if wish.group and split.num_groups else None,
+        fraction=wish.fraction,
+        seed=wish.seed,
+        fold=wish.fold or 0,
+    )
+    return Selection("train", split, train), Selection("val", split, held_out)
+
+
+def choose_tree(index: DatasetIndex, csv_path: str | None, levels: tuple[str, ...] | list[str] | None) -> Taxonomy:
+    """The tree to learn: the packed one, or that of a CSV; all its levels, or those that are named."""
+    tree = index.taxonomy if csv_path is None else _tree_of(Path(csv_path), index.taxonomy)
+    return tree.select(levels) if levels else tree
+
+
+def _tree_of(path: Path, packed: Taxonomy) -> Taxonomy:
+    """The tree of a CSV over the packed set's classes: columns named like packed levels, and `class_name` the finest."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows: list[Mapping[str, str]] = list(csv.DictReader(file))
+    except OSError as error:
+        raise DataError(f"data.taxonomy {path} cannot be read: {error.strerror}") from None
+    columns = list(rows[0]) if rows else []
+    finest = packed.levels[-1]
+    leaf = finest if finest in columns else "class_name"
+    if leaf not in columns:
+        raise DataError(f"data.taxonomy {path} has no column {finest!r} or 'class_name'; it has {', '.join(columns)}")
+    coarse = [level for level in packed.levels[:-1] if level in columns]
+    known = set(packed.names[-1])
+    kept = [[*(row[c] or None for c in coarse), row[leaf]] for row in rows if row[leaf] in known]
+    return taxonomy.build((*coarse, finest), kept)

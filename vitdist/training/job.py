@@ -1,0 +1,192 @@
+"""The parts of one training, put together, and how they become a checkpoint and come back."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitdist.checkpoint import state as files
+from vitdist.checkpoint.store import Retention, Store
+from vitdist.data.plan import TrainPlan
+from vitdist.data.shards import Damage
+from vitdist.data.transforms import Preprocessing
+from vitdist.errors import CheckpointError
+from vitdist.models.classifier import Classifier
+from vitdist.recipe.batch import BatchSplit
+from vitdist.recipe.schema import Recipe
+from vitdist.runtime import rng
+from vitdist.runtime.engine import Engine
+from vitdist.runtime.faults import Faults
+from vitdist.runtime.lock import RunLock
+from vitdist.runtime.stop import StopFlag
+from vitdist.schedules import Schedule
+from vitdist.training.datasets import Datasets
+from vitdist.training.ema import ModelEMA
+from vitdist.training.guard import NonFiniteGuard
+from vitdist.training.journal import Journal
+from vitdist.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """One training. `model` is the plain module, `wrapped` what the engine made of it; `state` is what is saved of the rest."""
+
+    recipe: Recipe
+    run_dir: Path
+    engine: Engine
+    datasets: Datasets
+    plan: TrainPlan
+    batch: BatchSplit
+    preprocessing: Preprocessing
+    model: Classifier
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    ema: ModelEMA | None
+    guard: NonFiniteGuard
+    state: TrainState
+    max_steps: int
+    num_workers: int
+    stop: StopFlag
+    faults: Faults
+    journal: Journal
+    store: Store
+    lock: RunLock | None  # on rank 0
+    num_damaged: int = 0  # samples replaced so far, agreed by all ranks
+    damaged_here: Counter[str] = field(default_factory=Counter)  # on this rank since the last save, by kind and shard
+
+    def save(self) -> None:
+        """Publish a checkpoint of this step. Collective; only rank 0 writes, and the others do not wait for it."""
+        snapshot = self._snapshot()
+        if snapshot is None or self.lock is None:
+            return
+        self.store.publish(self.state.step, snapshot.write, may=self.lock.check)
+        if self.state.best_step == self.state.step:
+            self.point_best()
+        keep_best = 1 if self.recipe.checkpoint.keep_best else 0
+        values = {int(step): value for step, value in self.state.values.items()}
+        self.store.prune(Retention(self.recipe.checkpoint.keep_last, keep_best), values)
+        log.info("checkpoint of step %d published", self.state.step)
+
+    def point_best(self) -> None:
+        """Make `best` name this step's checkpoint, where it is published."""
+        folder = self.store.folder / f"step_{self.state.step:08d}"
+        if folder.is_dir():
+            self.store.point("best", folder)
+
+    def note_damage(self, damages: list[Damage]) -> None:
+        """Count damaged samples of a batch that is being used, and name them in this rank's log."""
+        for damage in damages:
+            self.damaged_here[f"{damage.kind} in {damage.shard}"] += 1
+            log.warning("damaged sample: %s", damage)
+
+    def _gather_damage(self) -> None:
+        """Add what every rank has met since the last save to the state, by kind and shard. Collective."""
+        for counts in self.engine.gather_json(dict(self.damaged_here)):
+            for kind, count in counts.items():
+                self.state.damaged[kind] = self.state.damaged.get(kind, 0) + count
+        self.damaged_here.clear()
+
+    def _snapshot(self) -> files.Snapshot | None:
+        """Collective: gathers every rank's generators. The snapshot is on rank 0 only."""
+        self._gather_damage()
+        tensors, plain = rng.get_state()
+        generators = self.engine.gather_json({"plain": plain, "tensors": {k: v.tolist() for k, v in tensors.items()}})
+        if not self.engine.is_main:
+            return None
+        self.state.schedule = self.schedule.state_dict()
+        self.state.num_nonfinite = int(self.guard.total.item())
+        self.state.num_nonfinite_in_row = int(self.guard.in_row.item())
+        own = self.model.state_dict()
+        training = files.on_host(files.optimizer_tensors(self.optimizer), "optimizer/")
+        if self.ema is not None:
+            training |= files.on_host(own, "model/") | files.on_host(self.ema.state_dict(), "ema/")
+        return files.Snapshot(
+            step=self.state.step,
+            model=files.on_host(own if self.ema is None else {**own, **self.ema.average}),
+            training=training,
+            state={"train": self.state.to_json(), "generators": generators},
+            recipe=self.recipe.to_yaml(),
+            taxonomy=self.datasets.tree.to_json(),
+            preprocessing=self.preprocessing.to_json(),
+            weights="raw" if self.ema is None else "ema",
+        )
+
+
+def load_model(model: nn.Module, folder: Path, tree_json: Any) -> None:
+    """Load model.safetensors strictly; CheckpointError when the checkpoint is of another tree or model."""
+    found = files.read_json(folder / files.TAXONOMY)
+    if found != tree_json:
+        raise CheckpointError(
+            f"{folder} was trained on another class tree; give out=... for a new run, or model.weights={folder} to start from it"
+        )
+    _load_strictly(model, files.read_tensors(folder / files.MODEL), folder)
+
+
+def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} does not fit this model: {' '.join(str(error).split())[:300]}") from None
+
+
+def restore(
+    folder: Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: ModelEMA | None,
+    schedule: Schedule,
+    tree_json: Any,
+    rank: int,
+    world: int,
+    allow_inexact: bool,
+) -> TrainState:
+    """Put a checkpoint's state back into freshly built parts. Each rank reads the same files.
+
+    With another number of ranks the generators start anew, which is exact as long as nothing draws from them
+    (dropout and drop path at 0). CheckpointError for what cannot be restored, unless `allow_inexact`.
+    """
+    load_model(model, folder, tree_json)
+    record = files.read_json(folder / files.STATE)
+    try:
+        state = TrainState.from_json(record["train"])
+        training = files.read_tensors(folder / files.TRAINING)
+        if ema is not None:
+            _load_strictly(model, files.with_prefix(training, "model/"), folder)
+            ema.load_state_dict(files.with_prefix(training, "ema/"))
+        files.load_optimizer(optimizer, files.with_prefix(training, "optimizer/"))
+        schedule.load_state_dict(state.schedule)
+        if state.world == world:
+            _set_generators(record["generators"][rank])
+        else:
+            log.info("resuming %d ranks' checkpoint on %d: random generators start anew", state.world, world)
+    except (KeyError, IndexError, TypeError, ValueError, CheckpointError) as error:
+        if not allow_inexact:
+            raise CheckpointError(
+                f"{folder} cannot be restored exactly: {error}; --allow-inexact-resume goes on from its weights"
+            ) from None
+        log.warning("%s is not restored exactly (%s); going on from its weights, as allowed", folder, error)
+        state = TrainState(step=_step_of(folder), inexact=True)
+    return state
+
+
+def _set_generators(saved: Any) -> None:
+    tensors = {
+        name: torch.tensor(values, dtype=torch.int64 if name in ("numpy", "python") else torch.uint8)
+        for name, values in saved["tensors"].items()
+    }
+    rng.set_state(tensors, saved["plain"])
+
+
+def _step_of(folder: Path) -> int:
+    return int(json.loads((folder / "manifest.json").read_text())["step"])

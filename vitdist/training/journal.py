@@ -1,0 +1,115 @@
+"""What a run leaves behind while it goes: metrics.jsonl, its copy at W&B, the progress line, and the samples it used."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from vitdist.data.loader import Batch
+from vitdist.metrics_log import MetricsLog
+from vitdist.progress import Progress
+from vitdist.tracking import WandbTracker
+
+SAMPLES = "samples"
+
+
+class Journal:
+    """One per rank. Rank 0 keeps the metrics; every rank its own list of samples, when the recipe asks for it."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        rank: int,
+        metrics: MetricsLog | None,
+        wandb: WandbTracker | None,
+        progress: Progress | None,
+        log_samples: bool,
+        images_per_step: int,
+        evaluated: set[int],
+    ) -> None:
+        self._metrics = metrics
+        self._wandb = wandb
+        self._progress = progress
+        self._images_per_step = images_per_step
+        self._evaluated = evaluated  # steps whose line is there: a stop between evaluation and save repeats one
+        self._last = time.perf_counter()
+        self._samples: IO[str] | None = None
+        if log_samples:
+            path = run_dir / SAMPLES / f"rank_{rank:05d}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            self._samples = path.open("a", encoding="utf-8")
+
+    @property
+    def tracking_id(self) -> str:
+        return self._wandb.run_id if self._wandb is not None else ""
+
+    def step(self, line: dict[str, Any]) -> None:
+        """A training line; its rate is that of all ranks since the line before."""
+        if self._metrics is None:
+            return
+        now = time.perf_counter()
+        line["images_per_second"] = self._images_per_step / max(1e-9, now - self._last)
+        self._last = now
+        self._metrics.write(line)
+        if self._wandb is not None:
+            self._wandb.log(line, line["step"])
+        if self._progress is not None:
+            self._progress.update(line)
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """An evaluation line. The time it took is no training time."""
+        if self._metrics is None or line["step"] in self._evaluated:
+            return
+        self._metrics.write(line)
+        if self._wandb is not None:
+            self._wandb.log(line, line["step"])
+        if self._progress is not None:
+            self._progress.update(line)
+        self._last = time.perf_counter()
+
+    def summary(self, values: dict[str, Any]) -> None:
+        if self._wandb is not None:
+            self._wandb.summary(values)
+
+    def samples(self, batch: Batch, step: int) -> None:
+        """What was really used, a line a sample; before the update, so that a lost step's lines are cut on resume."""
+        if self._samples is None:
+            return
+        lam = None if batch.mix is None else batch.mix.lam.tolist()
+        for index, (row, seed) in enumerate(zip(batch.rows.tolist(), batch.seeds.tolist(), strict=True)):
+            slot = batch.slot + index
+            record = {
+                "step": step,
+                "epoch": batch.epoch,
+                "slot": slot,
+                "key": batch.keys[index],
+                "row": row,
+                "seed": seed & (2**64 - 1),
+                "partner": slot ^ 1 if lam is not None else None,
+                "mix": lam[index] if lam is not None else None,
+            }
+            self._samples.write(json.dumps(record) + "\n")
+        self._samples.flush()
+
+    def close(self, exit_code: int = 0) -> None:
+        if self._progress is not None:
+            self._progress.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._samples is not None:
+            self._samples.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=exit_code)
+
+
+def cut_samples(run_dir: Path, step: int) -> None:
+    """Drop the lines of steps that a resumed run will do again, from every rank's list."""
+    for path in (run_dir / SAMPLES).glob("rank_*.jsonl"):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        draft = path.with_suffix(".draft")
+        draft.write_text("".join(kept), encoding="utf-8")
+        draft.replace(path)

@@ -1,0 +1,127 @@
+"""The training loop: one step, then whatever is due, each decided in one place and the same on all ranks."""
+
+from __future__ import annotations
+
+import logging
+from enum import Enum
+
+from torch.utils.data import DataLoader
+
+from vitdist.data.loader import Batch
+from vitdist.errors import DataError, NonFiniteError
+from vitdist.runtime.agree import FailedElsewhere
+from vitdist.runtime.stop import Reason
+from vitdist.training.agenda import Agenda
+from vitdist.training.assemble import train_batches
+from vitdist.training.choosing import evaluate_and_choose
+from vitdist.training.job import Job
+from vitdist.training.step import Pending, Report, Stepper
+
+log = logging.getLogger(__name__)
+
+
+class End(Enum):
+    """How the loop ended."""
+
+    DONE = "done"
+    EARLY = "early stopping"
+    STOPPED = "stopped"
+
+
+def train(job: Job) -> tuple[End, Reason]:
+    """Train from the job's state to its end, or to an agreed stop, which is saved. Collective.
+
+    A step's report is read while the next one runs: flags act one step late, and nothing waits for the device.
+    """
+    state, agenda = job.state, Agenda(job)
+    run_step = Stepper(job)
+    stream = iter(_loader(job))
+    pending: Pending | None = None
+    over = _catch_up(job, agenda)
+    while state.step < job.max_steps and not over:
+        current = run_step(stream, save=agenda.save_by_the_clock())
+        state.step += 1
+        report, pending = _settle(job, pending), current
+        if not agenda.anything_due(report):
+            continue
+        last, pending = _settle(job, pending), None  # a boundary: what follows may know all of this step
+        stop = max(r.stop for r in (report, last) if r is not None)
+        best = False
+        if agenda.evaluation_due() and not stop:
+            best, over = evaluate_and_choose(job)
+        if stop or best or over or agenda.save_due(report):
+            job.save()
+            agenda.saved()
+        if stop:
+            return End.STOPPED, stop
+    return (End.EARLY if over else End.DONE), Reason.NONE
+
+
+def _catch_up(job: Job, agenda: Agenda) -> bool:
+    """The evaluation that a stop came before: the uninterrupted run would have made it at this step."""
+    if not agenda.evaluation_due() or job.state.evaluated_step == job.state.step:
+        return False
+    best, over = evaluate_and_choose(job)
+    if best and job.engine.is_main:
+        job.point_best()
+    return over
+
+
+def _loader(job: Job) -> DataLoader[Batch]:
+    return train_batches(
+        job.recipe,
+        job.datasets.train.split,
+        job.plan,
+        job.preprocessing,
+        job.batch,
+        rank=job.engine.rank,
+        world=job.engine.world,
+        start=job.state.step,
+        pin_memory=job.engine.device.type == "cuda",
+        num_workers=job.num_workers,
+    )
+
+
+def _settle(job: Job, pending: Pending | None) -> Report | None:
+    """Read a step's report, write it down, and stop here, on all ranks alike, when it says that it must be."""
+    if pending is None:
+        return None
+    report = pending.read()
+    job.journal.step(
+        {
+            "step": report.step,
+            "epoch": report.epoch,
+            "train/loss": report.loss,
+            "lr": report.lr,
+            "grad_norm": report.grad_norm,
+            "data_wait": report.data_wait,
+            **({"inexact": True} if job.state.inexact else {}),
+        }
+    )
+    job.num_damaged += report.num_damaged
+    _raise_failures(job, pending, report)
+    if report.num_nonfinite_in_row > 0:
+        log.warning("step %d: the gradient is not finite; %s", report.step, "its update is skipped")
+    if report.num_nonfinite_in_row > job.recipe.train.max_nonfinite_steps:
+        raise NonFiniteError(
+            f"{report.num_nonfinite_in_row} steps in a row up to step {report.step} had gradients that are not finite; "
+            "lower optimizer.lr, or look at the batch (tracking.log_samples=true lists it)"
+        )
+    return report
+
+
+def _raise_failures(job: Job, pending: Pending, report: Report) -> None:
+    """The first rank that cannot go on speaks; the others end with its code."""
+    if report.failures:
+        rank = min(report.failures)
+        if rank == job.engine.rank:
+            raise DataError(
+                f"rank {rank}, step {report.step}: {pending.failure}; repair it (vitdist data verify), "
+                "or set data.on_bad_sample=skip"
+            )
+        raise FailedElsewhere(report.failures[rank], rank, "a sample is damaged")
+    if job.num_damaged > job.recipe.data.max_bad_samples:
+        raise DataError(
+            f"{job.num_damaged} damaged samples by step {report.step} are more than data.max_bad_samples "
+            f"{job.recipe.data.max_bad_samples}; see train.log for which, and vitdist data verify"
+        )

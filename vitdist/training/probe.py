@@ -1,0 +1,106 @@
+"""Starting the head from a linear probe on the frozen backbone.
+
+A random head sends noise through a pretrained backbone in the first steps and distorts its features; a head that already
+separates the classes does not (Kumar et al., "Fine-Tuning can Distort Pretrained Features", ICLR 2022).
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from vitdist.data.mixing import ToModelInput
+from vitdist.data.transforms import Preprocessing
+from vitdist.models.classifier import Classifier
+from vitdist.recipe.schema import Recipe
+from vitdist.runtime.agree import on_main
+from vitdist.runtime.engine import Engine, evaluating
+from vitdist.training.assemble import evaluation_batches
+from vitdist.training.datasets import Datasets
+
+log = logging.getLogger(__name__)
+
+INVERSE_PENALTY = 0.1  # of the logistic regression on standardised features
+
+
+def start_from_probe(
+    engine: Engine, recipe: Recipe, model: Classifier, datasets: Datasets, preprocessing: Preprocessing, *, num_workers: int
+) -> None:
+    """Fit each level's classifier on the features it sees of the training view. Collective.
+
+    Every rank extracts its share of the features; rank 0 fits, and DDP broadcasts its weights when the model is prepared.
+    """
+    features, targets = _features(engine, recipe, model, datasets, preprocessing, num_workers)
+
+    def fit() -> list[float]:
+        return [
+            _fit(model, level, features[:, level], targets[:, level]) for level in range(datasets.tree.num_levels)
+        ]
+
+    shares = on_main(engine, fit)
+    said = ", ".join(f"{name} {100 * share:.1f} %" for name, share in zip(datasets.tree.levels, shares, strict=True))
+    log.info("head starts from a linear probe on %d samples; it fits %s of them", len(targets), said)
+
+
+def _features(
+    engine: Engine,
+    recipe: Recipe,
+    model: Classifier,
+    datasets: Datasets,
+    preprocessing: Preprocessing,
+    num_workers: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(float32 [N, L, D] what each level's classifier sees, int32 [N, L] targets), over all ranks. Collective."""
+    loader = evaluation_batches(
+        datasets.train,
+        preprocessing,
+        recipe.evaluation.batch_size,
+        rank=engine.rank,
+        world=engine.world,
+        pin_memory=engine.device.type == "cuda",
+        num_workers=num_workers,
+    )
+    width = model.head.classifiers[0].in_features
+    features = [np.zeros((0, datasets.tree.num_levels, width), dtype=np.float32)]
+    targets = [np.zeros((0, datasets.tree.num_levels), dtype=np.int32)]
+    to_input = ToModelInput(preprocessing.mean, preprocessing.std).to(engine.device)
+    with evaluating(model):
+        for batch in loader:
+            images = to_input(batch.images.to(engine.device))
+            levels = model.head.features(model.backbone(images))
+            features.append(torch.stack([level.float() for level in levels], dim=1).cpu().numpy()[batch.valid.numpy()])
+            targets.append(datasets.targets[batch.labels.numpy()][batch.valid.numpy()])
+    return engine.gather(np.concatenate(features)), engine.gather(np.concatenate(targets))
+
+
+def _fit(model: Classifier, level: int, features: np.ndarray, targets: np.ndarray) -> float:
+    """Put a logistic regression's solution into one classifier; returns the share of training samples it gets right."""
+    known = targets >= 0
+    classes = np.unique(targets[known])
+    if len(classes) < 2:
+        return 1.0
+    scaler = StandardScaler().fit(features[known])
+    fitted = LogisticRegression(C=INVERSE_PENALTY, max_iter=500).fit(scaler.transform(features[known]), targets[known])
+    weights, bias = _as_softmax(fitted)
+    weights = weights / scaler.scale_  # undo the standardisation: W (x - m) / s + b
+    bias = bias - weights @ scaler.mean_
+    classifier = model.head.classifiers[level]
+    with torch.no_grad():
+        # classes that no sample shows stay impossible at the start, as far below as the least likely seen one
+        classifier.weight.zero_()
+        classifier.bias.fill_(float(bias.min()) - 5.0)
+        classifier.weight[classes] = torch.from_numpy(weights).to(classifier.weight)
+        classifier.bias[classes] = torch.from_numpy(bias).to(classifier.bias)
+    return float(fitted.score(scaler.transform(features[known]), targets[known]))
+
+
+def _as_softmax(fitted: LogisticRegression) -> tuple[np.ndarray, np.ndarray]:
+    """(weights [C, D], bias [C]); two classes are fitted as one row, split here between them."""
+    weights, bias = fitted.coef_, fitted.intercept_
+    if len(weights) == 1:
+        weights, bias = np.concatenate((-weights, weights)) / 2, np.concatenate((-bias, bias)) / 2
+    return weights, bias

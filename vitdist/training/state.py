@@ -1,0 +1,59 @@
+"""All that must survive a stop, in one dataclass; with the tensors of model, optimizer, EMA and generators it is a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from vitdist.errors import CheckpointError
+
+FORMAT = 1
+_NUMBER = (int, float)
+
+
+@dataclass
+class TrainState:
+    """The plain part of a training's state. Epoch and position in the data follow from `step` alone."""
+
+    step: int = 0  # global batches done, skipped ones included
+    evaluated_step: int = 0  # the last evaluation was made here
+    schedule: dict[str, Any] = field(default_factory=dict)
+    best_value: float | None = None  # of checkpoint.monitor
+    best_step: int | None = None
+    values: dict[str, float] = field(default_factory=dict)  # checkpoint.monitor by step, for retention
+    stopping_value: float | None = None  # of early_stopping.monitor
+    stopping_count: int = 0  # evaluations without improvement
+    num_nonfinite: int = 0  # updates skipped because of a number that was none
+    num_nonfinite_in_row: int = 0
+    damaged: dict[str, int] = field(default_factory=dict)  # samples replaced, by kind and shard
+    num_threads: int = 1  # changes bits, so it is kept
+    world: int = 1
+    tracking_id: str = ""
+    inexact: bool = False  # resumed once without all of its state
+
+    @property
+    def num_damaged(self) -> int:
+        return sum(self.damaged.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
+    @staticmethod
+    def from_json(data: Any) -> TrainState:
+        """Read and check what `to_json` wrote; CheckpointError when it is something else."""
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise CheckpointError(f"state.json is not of format {FORMAT}")
+        values = {key: value for key, value in data.items() if key != "format"}
+        expected = {f.name for f in fields(TrainState)}
+        if set(values) != expected:
+            raise CheckpointError(f"state.json has not the fields it should: {sorted(set(values) ^ expected)}")
+        state = TrainState(**values)
+        blank = TrainState()
+        for name in expected:
+            value, like = values[name], getattr(blank, name)
+            fits = value is None or isinstance(value, _NUMBER) if like is None else type(value) is type(like)
+            if not fits:
+                raise CheckpointError(f"state.json: {name} is {str(value)[:40]!r}, which it cannot be")
+        if state.step < 0:
+            raise CheckpointError(f"state.json: step is {state.step}")
+        return state

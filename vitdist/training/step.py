@@ -1,0 +1,175 @@
+"""One global batch: micro-batches forward and backward, one guarded update, and a report that is read a step later."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitdist import optim
+from vitdist.data.loader import Batch
+from vitdist.data.mixing import ToModelInput
+from vitdist.losses import hierarchical_loss, regularisation
+from vitdist.runtime.engine import PendingSum
+from vitdist.runtime.stop import Reason
+from vitdist.training.assemble import level_weights_of
+from vitdist.training.job import Job
+from vitdist.training.weighting import Weighting
+
+# places in the report's vector; the ranks' failure codes follow
+_LOSS, _WAIT, _DAMAGED, _NORM, _TOTAL, _IN_ROW, _SAVE, _REASONS = range(8)
+_CODES = _REASONS + len(Reason)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What all ranks know of a step, the same on each. `failures`: rank -> exit code of those that cannot go on."""
+
+    step: int
+    epoch: int
+    lr: float
+    loss: float
+    data_wait: float  # seconds, the mean over ranks
+    grad_norm: float
+    num_damaged: int
+    num_nonfinite: int
+    num_nonfinite_in_row: int
+    stop: Reason
+    save: bool
+    failures: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step whose report is under way."""
+
+    step: int
+    epoch: int
+    lr: float
+    world: int
+    total: PendingSum
+    failure: str  # what this rank itself cannot go on for
+
+    def read(self) -> Report:
+        values = self.total.read()
+        reasons = [reason for reason in Reason if reason and values[_REASONS + reason] > 0]
+        codes = {rank: int(code) for rank, code in enumerate(values[_CODES:]) if code > 0}
+        return Report(
+            step=self.step,
+            epoch=self.epoch,
+            lr=self.lr,
+            loss=values[_LOSS],
+            data_wait=values[_WAIT] / self.world,
+            grad_norm=values[_NORM],
+            num_damaged=int(values[_DAMAGED]),
+            num_nonfinite=int(values[_TOTAL]),
+            num_nonfinite_in_row=int(values[_IN_ROW]),
+            stop=max(reasons, default=Reason.NONE),
+            save=values[_SAVE] > 0,
+            failures=codes,
+        )
+
+
+class Stepper:
+    """Runs steps of a job. Nothing in a call waits for the device or for another rank's host."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._to_input = ToModelInput(job.preprocessing.mean, job.preprocessing.std).to(job.engine.device)
+        self._targets = torch.from_numpy(job.datasets.targets.astype(np.int64)).to(job.engine.device)
+        self._level_weights = level_weights_of(job.recipe, job.datasets.tree)
+        self._weighting = Weighting(
+            job.recipe, job.datasets, job.plan, job.preprocessing.image_size, job.engine.device
+        )
+        self._trained = [p for group in job.optimizer.param_groups for p in group["params"]]
+
+    def __call__(self, stream: Iterator[Batch], *, save: bool) -> Pending:
+        """Train on the next global batch of the stream. Collective. `save`: this rank wishes for a checkpoint."""
+        job = self._job
+        step = job.state.step
+        lr = job.schedule.lr(step)
+        optim.set_lr(job.optimizer, lr)
+        job.faults.point("step", step + 1)
+        loss, wait, num_damaged, failure = self._accumulate(stream, step)
+        job.faults.point("optimizer", step + 1)
+        norm = optim.clip_grad_norm(self._trained, job.recipe.optimizer.clip_grad_norm)
+        found_inf = job.guard.judge(norm)
+        optim.step(job.optimizer, found_inf)
+        if job.ema is not None:
+            job.ema.update(job.model, found_inf)
+        job.optimizer.zero_grad(set_to_none=True)
+        total = self._report(loss, wait, num_damaged, norm, 4 if failure else 0, save)
+        return Pending(step + 1, step // job.plan.steps_per_epoch, lr, job.engine.world, total, failure)
+
+    def _accumulate(self, stream: Iterator[Batch], step: int) -> tuple[Tensor, float, int, str]:
+        """(this rank's part of the loss, seconds waited for data, damaged samples met, why this rank cannot go on)."""
+        job = self._job
+        total = torch.zeros((), device=job.engine.device)
+        denominators = self._weighting.denominators(step)
+        wait, num_damaged, failure = 0.0, 0, ""
+        for micro in range(job.batch.accumulation):
+            last = micro == job.batch.accumulation - 1
+            started = time.perf_counter()
+            job.faults.point("data", step + 1)
+            batch = next(stream)
+            wait += time.perf_counter() - started
+            num_damaged += len(batch.damages)
+            job.note_damage(batch.damages)
+            if not batch.valid.all():
+                failure = failure or str(batch.damages[0])
+            job.journal.samples(batch, step + 1)
+            with job.engine.accumulate(job.wrapped, last=last):
+                loss = self._loss(batch.to(job.engine.device), denominators, poison=self._poison(failure, step))
+                if last:
+                    loss = loss + regularisation(
+                        self._trained, l1=job.recipe.loss.l1, l2=job.recipe.loss.l2 / 2
+                    ) / job.engine.world
+                job.faults.point("backward", step + 1)
+                # DDP takes the mean of the ranks' gradients; the objective is a sum
+                job.engine.backward(loss * job.engine.world)
+            total += loss.detach()
+        return total, wait, num_damaged, failure
+
+    def _loss(self, batch: Batch, denominators: list[float], *, poison: bool) -> Tensor:
+        self._job.faults.point("forward", self._job.state.step + 1)
+        images = self._to_input(batch.images, batch.mix)
+        lam = None if batch.mix is None else batch.mix.lam
+        targets = self._targets[batch.labels]
+        loss = hierarchical_loss(
+            self._job.wrapped(images),
+            targets,
+            denominators=denominators,
+            lam=lam,
+            partner_targets=None if lam is None else _swap_neighbours(targets),
+            level_weights=self._level_weights,
+            label_smoothing=self._job.recipe.loss.label_smoothing,
+            class_weights=self._weighting.class_weights,
+        )
+        # a rank that cannot go on spoils the gradient: the update is skipped on every rank, and its report says why
+        return loss * float("nan") if poison else loss
+
+    def _poison(self, failure: str, step: int) -> bool:
+        return bool(failure) or self._job.faults.asked("nan", "loss", step + 1)
+
+    def _report(
+        self, loss: Tensor, wait: float, num_damaged: int, norm: Tensor, code: int, save: bool
+    ) -> PendingSum:
+        engine, guard = self._job.engine, self._job.guard
+        host = [0.0] * (_CODES + engine.world)
+        host[_WAIT], host[_DAMAGED], host[_SAVE] = wait, float(num_damaged), float(save)
+        host[_REASONS + self._job.stop.poll()] = 1.0
+        host[_CODES + engine.rank] = float(code)
+        vector = torch.tensor(host, dtype=torch.float64, device=engine.device)
+        vector[_LOSS] = loss
+        if engine.is_main:  # equal on all ranks: one tells
+            vector[_NORM], vector[_TOTAL], vector[_IN_ROW] = norm, guard.total, guard.in_row
+        return engine.sum_later(vector)
+
+
+def _swap_neighbours(targets: Tensor) -> Tensor:
+    """Targets of each slot's mixing partner: slots 2i and 2i+1 change places."""
+    return targets.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
