@@ -19,8 +19,8 @@ GZIP_MAGIC = b"\x1f\x8b"
 def read_tgz(source: Path, spool: Path, wanted: Callable[[str], str | None]) -> dict[str, FileSlice]:
     """Copy the members that `wanted` gives a name into the file `spool`; name -> where it lies there.
 
-    No name of the archive ever becomes a path on disk. DataError for links, devices, absolute names and '..', a name
-    that comes twice, and for an archive that is cut or no archive.
+    No name of the archive ever becomes a path on disk. Links and devices are passed over. DataError for absolute
+    names and '..', a name that comes twice, and for an archive that is cut or no archive.
     """
     found: dict[str, FileSlice] = {}
     try:
@@ -28,7 +28,7 @@ def read_tgz(source: Path, spool: Path, wanted: Callable[[str], str | None]) -> 
             is_gzip = raw.read(2) == GZIP_MAGIC
             raw.seek(0)
             stream: Source = gzip.GzipFile(fileobj=raw) if is_gzip else raw
-            for member in scan(stream, str(source)):
+            for member in scan(stream, str(source), pass_over=True):
                 _check_name(member, source)
                 name = wanted(member.name)
                 if name is None:

@@ -38,7 +38,7 @@ def _add_folder(actions: Any) -> None:
     parser = actions.add_parser("folder", help="pack one folder per class, with or without train/, val/ and test/")
     _add_packing(parser, "the folder that holds a folder per class (or train/ and test/ with those)")
     parser.add_argument(
-        "--test-fraction", type=float, default=0.2, help="share of each class for test where no folder says (default 0.2)"
+        "--test-fraction", type=float, default=0.2, help="share of each class for test if there is no test/ (0.2)"
     )
     parser.set_defaults(function=run_folder)
 
@@ -56,11 +56,11 @@ def _add_demo(actions: Any) -> None:
 def _add_index(actions: Any) -> None:
     parser = actions.add_parser("index", help="index WebDataset shards that somebody else wrote, where they lie")
     parser.add_argument(
-        "shards", nargs="+", metavar="SHARDS", help="tar files, folders, 'a-{00..99}.tar', http(s); test=... names a split"
+        "shards", nargs="+", metavar="SHARDS", help="tar files, folders, 'a-{00..99}.tar', http(s); or test=..."
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder that index.json is written to")
     parser.add_argument("--label-key", metavar="KEY", help="the label's key in the json member, or cls (default: found)")
-    parser.add_argument("--classes", metavar="FILE", help="class names, one a line, for numbers from 0 on")
+    parser.add_argument("--classes", metavar="FILE", help="class names, a line each, for labels 0, 1...")
     parser.add_argument("--group-key", metavar="KEY", default="group", help="json key of what belongs together")
     _add_tree(parser)
     parser.set_defaults(function=run_index)
@@ -69,7 +69,7 @@ def _add_index(actions: Any) -> None:
 def _add_packing(parser: argparse.ArgumentParser, source: str) -> None:
     parser.add_argument("source", metavar="SOURCE", help=source)
     parser.add_argument("out", metavar="OUT", help="the packed folder; appears complete or not at all")
-    parser.add_argument("--short-side", type=int, metavar="PX", help="shrink images to this short side (JPEG 90)")
+    parser.add_argument("--short-side", type=int, metavar="PX", help="shrink to this short side (JPEG 90)")
     parser.add_argument("--seed", type=int, default=0, help="of the order within and across shards (default 0)")
     parser.add_argument(
         "--shard-bytes", type=int, default=128 << 20, metavar="BYTES", help="aimed size of a shard at most (128 MiB)"
@@ -81,7 +81,7 @@ def _add_tree(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--taxonomy", metavar="CSV", help="class tree: one row a class, columns from coarse to fine")
     parser.add_argument("--levels", metavar="A,B,C", help="the levels, coarse to fine: columns, folders or json keys")
     parser.add_argument("--name", help="the set's name in its index")
-    parser.add_argument("--on-bad", choices=("raise", "skip"), default="raise", help="stop at a broken image or skip it")
+    parser.add_argument("--on-bad", choices=("raise", "skip"), default="raise", help="broken images: stop, or skip")
     parser.add_argument("--overwrite", action="store_true", help="replace another set at OUT")
 
 

@@ -103,7 +103,7 @@ def split_of(path: str) -> str:
 
 
 def _matches(pattern: str) -> list[str]:
-    import braceexpand
+    from braceexpand import braceexpand
 
     if pattern.startswith("pipe:"):
         raise UsageError(f"{pattern} is a shell command; shards are files or http(s) addresses")
@@ -111,8 +111,8 @@ def _matches(pattern: str) -> list[str]:
         paths = [pattern]
     else:
         try:
-            paths = list(braceexpand.braceexpand(pattern))
-        except braceexpand.UnbalancedBracesError:
+            paths = list(braceexpand(pattern))
+        except ValueError:
             raise UsageError(f"{pattern} has braces that do not match") from None
     return [match for path in paths for match in _local(path)]
 

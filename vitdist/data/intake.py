@@ -38,7 +38,7 @@ def prepare(data: bytes, where: str, short_side: int | None = None) -> Prepared:
     suffix, width, height = _read_header(data, where)
     if short_side is None or min(width, height) <= short_side:
         return Prepared(data, suffix, width, height)
-    return _shrink(data, where, short_side)
+    return _shrink(data, where, short_side, short_side / min(width, height))
 
 
 def _read_header(data: bytes, where: str) -> tuple[str, int, int]:
@@ -58,7 +58,7 @@ def _read_header(data: bytes, where: str) -> tuple[str, int, int]:
     return SUFFIX_OF[image.format or ""], image.width, image.height
 
 
-def _shrink(data: bytes, where: str, short_side: int) -> Prepared:
+def _shrink(data: bytes, where: str, short_side: int, scale: float) -> Prepared:
     from vitdist.data.images import DamagedImage, decode  # only here: packing without resizing decodes nothing
 
     try:
@@ -66,8 +66,8 @@ def _shrink(data: bytes, where: str, short_side: int) -> Prepared:
         pixels = Image.fromarray(decode(data, min_side=2 * short_side))
     except DamagedImage as error:
         raise BadImage(f"{where} cannot be decoded: {error}") from None
-    scale = short_side / min(pixels.size)
-    size = (max(1, round(pixels.width * scale)), max(1, round(pixels.height * scale)))
+    ratio = short_side / min(pixels.size)
+    size = (max(1, round(pixels.width * ratio)), max(1, round(pixels.height * ratio)))
     out = io.BytesIO()
     pixels.resize(size, Image.Resampling.LANCZOS).save(out, "JPEG", quality=QUALITY)
-    return Prepared(out.getvalue(), "jpg", *size)
+    return Prepared(out.getvalue(), "jpg", *size, scale)

@@ -14,7 +14,7 @@ from vitdist.data.trees import labels_by_name, tree_of
 from vitdist.errors import DataError, UsageError
 from vitdist.taxonomy import Taxonomy
 
-JSON_KEYS = tuple(["labels", "label", "class_name", "class", "cls", "target", "species", "category", "class_id", "category_id"])
+JSON_KEYS = ("labels", "label", "class_name", "class", "cls", "target", "species", "category", "category_id")
 CLS = "cls"
 SINGLE_LEVEL = "class"
 MAX_CLASSES = 1_000_000
@@ -50,7 +50,9 @@ class LabelReader:
 
     def _value(self, texts: Mapping[str, bytes], record: Mapping[str, Any]) -> Value:
         if self.levels is not None:
-            return _by_level({level: record.get(level) for level in self.levels})
+            inner = record.get(self.where or "labels")
+            names = inner if isinstance(inner, Mapping) else record
+            return _by_level({level: names.get(level) for level in self.levels})
         assert self.where is not None
         if self.where == CLS and CLS in texts:
             value: Any = texts[CLS].decode("utf-8", "replace").strip()
@@ -96,7 +98,10 @@ class LabelReader:
     def _from_levels(self) -> tuple[Taxonomy, np.ndarray]:
         paths = [dict(value) for value in self.values if isinstance(value, tuple)]
         levels = self.levels or list(dict.fromkeys(level for path in paths for level in path))
-        tree = tree_of(levels, paths)
+        try:
+            tree = tree_of(levels, paths)
+        except DataError as error:
+            raise DataError(f"{error}; are {', '.join(levels)} from coarse to fine? Say so with --levels") from None
         finest = [[level for level in levels if level in path][-1] for path in paths]
         return tree, np.array([tree.node(at, path[at]) for at, path in zip(finest, paths, strict=True)], np.int32)
 

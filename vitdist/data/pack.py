@@ -191,7 +191,7 @@ class _Writer:
         if sample.group is not None:
             record["group"] = self.groups[sample.group]
             record["group_name"] = sample.group
-        return json.dumps(record, sort_keys=True, ensure_ascii=False).encode()
+        return json.dumps(record, ensure_ascii=False).encode()
 
 
 def _check(samples: Sequence[SourceSample], packing: Packing) -> None:

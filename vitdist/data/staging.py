@@ -26,8 +26,8 @@ def staged(out: Path, *, overwrite: bool = False, owned: Sequence[str] = ()) -> 
 
     An `out` that already holds exactly this set is left as it is; where it is damaged it is replaced. UsageError,
     before anything is written, when `out` is something else than a packed set, and afterwards when it is a different
-    one and `overwrite` is not given. A disk that fills up is a ResourceError. Whatever happens, a kill included, `out` is the
-    old set, the new one or absent. `owned` names folders that belong to the set besides what its index lists.
+    one and `overwrite` is not given. A disk that fills up is a ResourceError. Whatever happens, a kill included, `out`
+    is the old set, the new one or absent. `owned` names folders that belong to the set besides what its index lists.
     """
     _check_target(out)
     _sweep(out)

@@ -31,6 +31,9 @@ class DamagedShard(DataError):
         self.shard, self.kind, self.offset, self.detail = shard, kind, offset, detail
         super().__init__(f"{shard}: {kind} at byte {offset}: {detail}")
 
+    def __reduce__(self) -> tuple[type[DamagedShard], tuple[str, str, int, str]]:
+        return DamagedShard, (self.shard, self.kind, self.offset, self.detail)
+
 
 @dataclass(frozen=True, slots=True)
 class Member:
@@ -61,14 +64,15 @@ def scan_shard(path: str | Path) -> Iterator[Member]:
         yield from scan(file, str(path), os.fstat(file.fileno()).st_size)
 
 
-def scan(file: Source, shard: str, size: int | None = None) -> Iterator[Member]:
+def scan(file: Source, shard: str, size: int | None = None, *, pass_over: bool = False) -> Iterator[Member]:
     """Members of a tar; the bytes of the one just yielded may be read from `file`, which stands at their beginning.
 
-    `size` is the file's length, None for a stream whose length shows only at its end.
+    `size` is the file's length, None for a stream whose length shows only at its end. Links and devices are damage,
+    or never followed but passed over where an archive may hold some.
     """
     position = 0
     while True:
-        entry = _Entry(shard, position)
+        entry = _Entry(shard, position, pass_over)
         found = entry.read(file)
         if found is None:
             _check_tail(file, shard, position)
@@ -111,8 +115,8 @@ class _Bytes:
 class _Entry:
     """The header blocks of one member: extensions (long names, pax records) first, its own last."""
 
-    def __init__(self, shard: str, start: int) -> None:
-        self.shard, self.start, self.position = shard, start, start
+    def __init__(self, shard: str, start: int, pass_over: bool = False) -> None:
+        self.shard, self.start, self.position, self.pass_over = shard, start, start, pass_over
         self.long_name: str | None = None
         self.long_size: int | None = None
 
@@ -200,6 +204,8 @@ class _Entry:
         name = self.long_name if self.long_name is not None else _short_name(block)
         size = size if self.long_size is None else self.long_size
         folder = kind == b"5" or (kind == b"\0" and name.endswith("/"))
+        if self.pass_over and kind in _OTHER:
+            return Member(name, self.start, self.position, 0), False
         if not folder and kind not in _REGULAR:
             what = _OTHER.get(kind, f"an entry of type {kind!r}")
             raise self.damage("entry", f"{name!r} is {what}; only files and folders are read")
