@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,15 +26,12 @@ class Journal:
         wandb: WandbTracker | None,
         progress: Progress | None,
         log_samples: bool,
-        images_per_step: int,
         evaluated: set[int],
     ) -> None:
         self._metrics = metrics
         self._wandb = wandb
         self._progress = progress
-        self._images_per_step = images_per_step
         self._evaluated = evaluated  # steps whose line is there: a stop between evaluation and save repeats one
-        self._last = time.perf_counter()
         self._samples: IO[str] | None = None
         if log_samples:
             path = run_dir / SAMPLES / f"rank_{rank:05d}.jsonl"
@@ -47,12 +43,9 @@ class Journal:
         return self._wandb.run_id if self._wandb is not None else ""
 
     def step(self, line: dict[str, Any]) -> None:
-        """A training line; its rate is that of all ranks since the line before."""
+        """A training line."""
         if self._metrics is None:
             return
-        now = time.perf_counter()
-        line["images_per_second"] = self._images_per_step / max(1e-9, now - self._last)
-        self._last = now
         self._metrics.write(line)
         if self._wandb is not None:
             self._wandb.log(line, line["step"])
@@ -60,7 +53,7 @@ class Journal:
             self._progress.update(line)
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        """An evaluation line. The time it took is no training time."""
+        """An evaluation line."""
         if self._metrics is None or line["step"] in self._evaluated:
             return
         self._metrics.write(line)
@@ -68,7 +61,6 @@ class Journal:
             self._wandb.log(line, line["step"])
         if self._progress is not None:
             self._progress.update(line)
-        self._last = time.perf_counter()
 
     def summary(self, values: dict[str, Any]) -> None:
         if self._wandb is not None:

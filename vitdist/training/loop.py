@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from enum import Enum
 
 from torch.utils.data import DataLoader
@@ -37,14 +38,17 @@ def train(job: Job) -> tuple[End, Reason]:
     run_step = Stepper(job)
     stream = iter(_loader(job))
     pending: Pending | None = None
+    seconds = 0.0
     over = _catch_up(job, agenda)
     while state.step < job.max_steps and not over:
+        started = time.perf_counter()
         current = run_step(stream, save=agenda.save_by_the_clock())
         state.step += 1
-        report, pending = _settle(job, pending), current
+        report = _settle(job, pending, seconds)
+        pending, seconds = current, time.perf_counter() - started
         if not agenda.anything_due(report):
             continue
-        last, pending = _settle(job, pending), None  # a boundary: what follows may know all of this step
+        last, pending = _settle(job, pending, seconds), None  # a boundary: what follows may know all of this step
         stop = max(r.stop for r in (report, last) if r is not None)
         best = False
         if agenda.evaluation_due() and not stop:
@@ -82,7 +86,7 @@ def _loader(job: Job) -> DataLoader[Batch]:
     )
 
 
-def _settle(job: Job, pending: Pending | None) -> Report | None:
+def _settle(job: Job, pending: Pending | None, seconds: float) -> Report | None:
     """Read a step's report, write it down, and stop here, on all ranks alike, when it says that it must be."""
     if pending is None:
         return None
@@ -95,6 +99,7 @@ def _settle(job: Job, pending: Pending | None) -> Report | None:
             "lr": report.lr,
             "grad_norm": report.grad_norm,
             "data_wait": report.data_wait,
+            "images_per_second": job.plan.global_batch_size / max(seconds, 1e-9),
             **({"inexact": True} if job.state.inexact else {}),
         }
     )

@@ -149,7 +149,7 @@ class _Run:
         schedule = assemble.build_schedule_of(recipe, plan.steps_per_epoch, max_steps)
         optimizer = assemble.build_optimizer_of(recipe, model)
         num_workers = assemble.num_workers_of(recipe, self.ranks.local_world, debug=self.options.debug)
-        ema = None if recipe.ema.decay is None else ModelEMA(model, recipe.ema.decay, warmup=recipe.ema.warmup)
+        ema = None if recipe.ema.decay is None else ModelEMA(model, recipe.ema.decay, warmup=recipe.ema.warmup.value > 0)
         rng.seed_everything(recipe.seed, engine.rank)
         state = TrainState(num_threads=set_threads(self.ranks), world=engine.world)
         if self.start.checkpoint is not None:
@@ -164,7 +164,7 @@ class _Run:
             state.world = engine.world
         elif recipe.model.head_init == "probe":
             start_from_probe(engine, recipe, model, datasets, preprocessing, num_workers=num_workers)
-            ema = None if ema is None else ModelEMA(model, ema.decay, warmup=recipe.ema.warmup)
+            ema = None if ema is None else ModelEMA(model, ema.decay, warmup=recipe.ema.warmup.value > 0)
         if recipe.train.compile:
             model.compile()
         wrapped = engine.prepare(model)
@@ -224,7 +224,6 @@ class _Run:
             wandb=wandb,
             progress=progress,
             log_samples=recipe.tracking.log_samples,
-            images_per_step=recipe.train.global_batch_size,
             evaluated={line["step"] for line in read_metrics(metrics.path) if "val/count" in line} if metrics else set(),
         )
 
