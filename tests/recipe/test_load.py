@@ -62,6 +62,8 @@ def test_overrides_win_and_reach_into_null() -> None:
     assert (recipe.seed, recipe.loss.level_weights) == (3, {"species": 2.0, "genus": 1.0})
     assert (recipe.augment.crop_scale, recipe.train.max_time) == ((0.5, 1.0), None)
     assert _parse("", "optimizer={lr: 1e-3, name: sgd}", "optimizer.momentum=0.5").optimizer.momentum == 0.5
+    weights = _parse("loss: {level_weights: {species: 2}}\n", "loss.level_weights={genus: 1}").loss.level_weights
+    assert weights == {"genus": 1.0}
     assert _parse("", "out=a = b #c").out == "a = b #c"
     assert _parse("", 'name="1"').name == "1"
 
@@ -153,6 +155,7 @@ def test_resolved_recipes_load_back_equal(text: str) -> None:
 
 def test_resolved_recipes_mean_the_same_to_yaml_1_1() -> None:
     recipe = _parse("", "name=no", "out=1e-4", "optimizer.lr=0.1")
+    assert '\nout: "1e-4"\n' in recipe.to_yaml()  # a number to YAML 1.2, text to YAML 1.1
     plain = yaml.safe_load(recipe.to_yaml())
     assert (plain["name"], plain["out"], plain["optimizer"]["lr"]) == ("no", "1e-4", 0.1)
 

@@ -130,3 +130,19 @@ def test_commands_take_less_than_a_second_and_no_torch(command: str) -> None:
         times.append(time.perf_counter() - start)
         assert done.returncode == 0, done.stderr
     assert min(times) < 1
+
+
+def _vitdist(*args: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "vitdist", "recipe", *args], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60)  # fmt: skip
+    return done, time.perf_counter() - start
+
+
+def test_the_command_line_answers_within_a_second_with_exit_code_2() -> None:
+    runs = [_vitdist("validate", "recipes/demo.yaml", "optimizer.lerning_rate=1") for _ in range(2)]
+    done = runs[0][0]
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "command line: optimizer.lerning_rate: unknown key; did you mean lr?\n"
+    assert min(seconds for _, seconds in runs) < 1
+    assert _vitdist("validate", "recipes/demo.yaml")[0].stdout == "recipes/demo.yaml: fine\n"

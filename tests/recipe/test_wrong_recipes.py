@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from pathlib import Path
 
@@ -130,3 +131,43 @@ def test_addresses_run_nothing(address: str) -> None:
 def test_foreign_text_stays_on_its_line() -> None:
     problems = _problems('data: {path: x}\n"a\\nb\\e[31m": 1\nseed: "x\\ny"\n', "tracking.wandb=a\nb")
     assert len(problems) == 3 and all(problem.isprintable() for problem in problems)
+
+
+SCRAPS = [
+    "null",
+    "[1, 2]",
+    "{a: 1}",
+    "-1",
+    "1e309",
+    "true",
+    "''",
+    "[]",
+    "{}",
+    "5ep",
+    "0",
+    "!!int 3",
+    "&a",
+    "*a",
+    "\t",
+    "\n",
+]
+SCRAPS += ["- ", ": ", "# ", "? ", "| ", "> ", "\\", '"', "'", "\u2028", "\x85", "[[1]]", "{null: 1}", "vit", "refit"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_scrambled_recipes_are_refused_or_load_and_never_crash(seed: int) -> None:
+    dice = random.Random(seed)
+    whole = (Path(__file__).parents[2] / "recipes/demo.yaml").read_text(encoding="utf-8")
+    for _ in range(50):
+        text = whole
+        for _ in range(dice.randint(1, 3)):
+            lines = text.split("\n")
+            where, scrap = dice.randrange(len(lines)), dice.choice(SCRAPS)
+            lines[where] = lines[where].split(":")[0] + ": " + scrap if dice.random() < 0.6 else scrap + lines[where]
+            text = "\n".join(lines)
+        try:
+            recipe = parse_recipe(text, "x.yaml")
+        except RecipeError as error:
+            assert all(problem.isprintable() and len(problem) < 500 for problem in error.problems)
+        else:
+            assert parse_recipe(recipe.to_yaml(), "y.yaml") == recipe
