@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from vitdist.errors import RecipeError
 
@@ -16,12 +17,13 @@ class BatchSplit:
 
 
 def split_batch(
-    global_batch_size: int, world: int, micro_batch_size: int | None, *, mixing: bool = False
+    global_batch_size: int, world: int, micro_batch_size: int | Literal["auto"] | None, *, mixing: bool = False
 ) -> BatchSplit:
     """Divide a global batch; without a micro_batch_size each rank's share is one; `mixing` wants it even, for pairs.
 
     RecipeError in one line with the numbers and the nearest that divide.
     """
+    assert micro_batch_size != "auto", "auto is refused by the recipe until it is built"
     if mixing and micro_batch_size is not None and micro_batch_size % 2:
         raise RecipeError(
             f"train.micro_batch_size: {micro_batch_size} is odd, and mixup and cutmix mix pairs; "
