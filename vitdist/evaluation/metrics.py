@@ -89,8 +89,12 @@ def level_summary(table: PredictionTable, level: int, num_classes: int) -> dict[
         "macro_f1": scores.macro("f1"),
         "classes": num_classes,
         "classes_present": scores.num_present,
-        "loss": float(table.loss[known, level].astype(np.float64).mean()) if count else None,
+        "loss": _finite(float(table.loss[known, level].astype(np.float64).mean())) if count else None,
     }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def top_k(table: PredictionTable) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def from_logits(
 
 def _log_softmax(scores: np.ndarray) -> np.ndarray:
     shifted = scores - scores.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
 
 def _cross_entropy(log_probs: np.ndarray, targets: np.ndarray) -> np.ndarray:
