@@ -23,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code of the contract."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        args = _parser(argv).parse_args(argv)
-        code: int = (getattr(args, "run", None) or args.function)(args)
+        args = _parse(argv)
+        code: int = args.function(args)
         return code
     except KeyboardInterrupt:
         print("vitdist: interrupted", file=sys.stderr)
@@ -34,6 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:  # the last resort: whatever was not foreseen still ends in one line
         return _fail(error, debug="--debug" in argv)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments; key=value may stand anywhere, also behind options, where argparse would not look for them."""
+    parser = _parser(argv)
+    args, rest = parser.parse_known_args(argv)
+    strange = [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(args, "overrides")]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
 
 
 def _fail(error: Exception, *, debug: bool) -> int:
@@ -92,7 +104,7 @@ def _add_train(subparsers: Subparsers) -> None:
     parser.add_argument("--debug", action="store_true", help="one process, no loader workers, tracebacks; the same numbers")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="where to go on from (auto)")
     parser.add_argument("--allow-inexact-resume", action="store_true", help="go on although some state cannot be restored")
-    parser.set_defaults(run=train)
+    parser.set_defaults(function=train)
 
 
 def _add_evaluate(subparsers: Subparsers) -> None:
@@ -101,7 +113,7 @@ def _add_evaluate(subparsers: Subparsers) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--split", default="test", help="test, train or val (test)")
     parser.add_argument("--out", type=Path, help="where to write (the run's evaluation/)")
-    parser.set_defaults(run=evaluate)
+    parser.set_defaults(function=evaluate)
 
 
 def _add_predict(subparsers: Subparsers) -> None:
@@ -110,7 +122,7 @@ def _add_predict(subparsers: Subparsers) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGES_OR_FOLDER")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes to name (5)")
     parser.add_argument("--out", type=Path, help="folder for predictions.json, predictions.csv and pictures/")
-    parser.set_defaults(run=predict)
+    parser.set_defaults(function=predict)
 
 
 def train(args: argparse.Namespace) -> int:

@@ -68,7 +68,7 @@ def test_resumed_on_another_world_the_order_stays(tiny_recipe: Recipes, tmp_path
 
 
 def test_a_batch_that_does_not_divide_is_refused_once(tiny_recipe: Recipes, tmp_path: Path) -> None:
-    codes, output = launching.run(2, ["train", str(tiny_recipe()), "train.global_batch_size=25"], tmp_path)
+    codes, output = launching.run(2, ["train", str(tiny_recipe()), "train.global_batch_size=26"], tmp_path)
     assert codes == [2, 2]
     assert output.count("does not divide") == 1
     assert not (tmp_path / "runs").exists()

@@ -26,7 +26,7 @@ def run(*args: str) -> int:
     parser = argparse.ArgumentParser()
     register(parser.add_subparsers())
     parsed = parser.parse_args(["recipe", *args])
-    code: int = parsed.run(parsed)
+    code: int = parsed.function(parsed)
     return code
 
 
@@ -114,7 +114,7 @@ from vitdist.recipe.commands import register
 parser = argparse.ArgumentParser()
 register(parser.add_subparsers())
 args = parser.parse_args()
-code = args.run(args)
+code = args.function(args)
 heavy = {"torch", "numpy", "timm", "accelerate", "PIL"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else code)
 """

@@ -14,12 +14,12 @@ def register(subparsers: Subparsers) -> None:
     """Add both commands; each sets `run`, a function from the parsed arguments to an exit code."""
     report = subparsers.add_parser("report", help="(re)build the report of a run", description=_report.__doc__)
     report.add_argument("run_dir", metavar="RUN", type=Path, help="a run folder, as runs/NAME")
-    report.set_defaults(run=_report)
+    report.set_defaults(function=_report)
     compare = subparsers.add_parser("compare", help="runs side by side", description=_compare.__doc__)
     compare.add_argument("run_dirs", metavar="RUN", type=Path, nargs="+", help="two run folders or more")
     compare.add_argument("--split", default="test", help="whose evaluation is compared (default: test)")
     compare.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    compare.set_defaults(run=_compare)
+    compare.set_defaults(function=_compare)
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -26,29 +26,29 @@ def register(subparsers: Subparsers) -> None:
     _add_show(commands)
     _add_copy(commands)
     listing = commands.add_parser("list", help="the shipped recipes")
-    listing.set_defaults(run=list_recipes)
+    listing.set_defaults(function=list_recipes)
     schema = commands.add_parser("schema", help="the JSON Schema of recipes, for editors")
-    schema.set_defaults(run=print_schema)
+    schema.set_defaults(function=print_schema)
 
 
 def _add_validate(commands: Subparsers) -> None:
     parser = commands.add_parser("validate", help="all mistakes of recipes, one a line")
     parser.add_argument("files", nargs="+", metavar="FILE", help="recipes, and key=value for all of them")
-    parser.set_defaults(run=validate)
+    parser.set_defaults(function=validate)
 
 
 def _add_show(commands: Subparsers) -> None:
     parser = commands.add_parser("show", help="every value of a recipe and where it comes from")
     parser.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.set_defaults(run=show)
+    parser.set_defaults(function=show)
 
 
 def _add_copy(commands: Subparsers) -> None:
     parser = commands.add_parser("copy", help="copy a shipped recipe")
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("target", nargs="?", default=".", type=Path, help="a file or folder; here when left out")
-    parser.set_defaults(run=copy)
+    parser.set_defaults(function=copy)
 
 
 def validate(args: argparse.Namespace) -> int:

@@ -90,9 +90,7 @@ class Ema(Section):
     """An average of the weights, evaluated in their place."""
 
     decay: float | None = key("share of the average kept each step; null is off", None, gt=0, lt=1)
-    warmup: StepsOrNone = key(
-        "until then the average follows the weights; then decay rises as (1 + t) / (10 + t)", Duration(1, "ep")
-    )
+    warmup: bool = key("let decay rise as (1 + t) / (10 + t), so that a short run's average forgets its start", True)
 
 
 class LrScheduler(Section):

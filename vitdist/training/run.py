@@ -149,7 +149,7 @@ class _Run:
         schedule = assemble.build_schedule_of(recipe, plan.steps_per_epoch, max_steps)
         optimizer = assemble.build_optimizer_of(recipe, model)
         num_workers = assemble.num_workers_of(recipe, self.ranks.local_world, debug=self.options.debug)
-        ema = None if recipe.ema.decay is None else ModelEMA(model, recipe.ema.decay, warmup=recipe.ema.warmup.value > 0)
+        ema = None if recipe.ema.decay is None else ModelEMA(model, recipe.ema.decay, warmup=recipe.ema.warmup)
         rng.seed_everything(recipe.seed, engine.rank)
         state = TrainState(num_threads=set_threads(self.ranks), world=engine.world)
         if self.start.checkpoint is not None:
@@ -164,7 +164,7 @@ class _Run:
             state.world = engine.world
         elif recipe.model.head_init == "probe":
             start_from_probe(engine, recipe, model, datasets, preprocessing, num_workers=num_workers)
-            ema = None if ema is None else ModelEMA(model, ema.decay, warmup=recipe.ema.warmup.value > 0)
+            ema = None if ema is None else ModelEMA(model, ema.decay, warmup=recipe.ema.warmup)
         if recipe.train.compile:
             model.compile()
         wrapped = engine.prepare(model)
