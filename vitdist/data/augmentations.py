@@ -67,8 +67,8 @@ def noise_levels(mean: Sequence[float], std: Sequence[float]) -> Pixels:
     A table of quantiles: a generator's bytes are far cheaper than its normal numbers.
     """
     normal = np.array([NormalDist().inv_cdf((byte + 0.5) / 256) for byte in range(256)])[:, None]
-    levels = np.rint(255 * (np.asarray(mean) + normal * np.asarray(std)))
-    return np.clip(levels, 0, 255).astype(np.uint8)[None]
+    levels = np.clip(np.rint(255 * (np.asarray(mean) + normal * np.asarray(std))), 0, 255)
+    return np.asarray(levels[None], dtype=np.uint8)
 
 
 def _shapes(
@@ -114,7 +114,7 @@ def jitter_colour(pixels: Pixels, strength: Sequence[float], draws: Sequence[flo
 
 def _hue_turn(angle: float) -> np.ndarray:
     sine, cosine = math.sin(angle), math.cos(angle)
-    return np.asarray(_RGB @ np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]]) @ _YIQ)
+    return np.asarray(_RGB @ np.array([[1, 0, 0], [0, cosine, sine], [0, -sine, cosine]]) @ _YIQ)
 
 
 def auto_operation(name: Auto, mean: Sequence[float]) -> v2.Transform | None:

@@ -11,6 +11,7 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,15 +28,25 @@ MAX_PIXELS = 178_956_970 // 2
 # The scales that libjpeg-turbo has in SIMD; n/8 in between is slower than the whole picture.
 DCT_FACTORS = (8, 4, 2)
 
+_SCAN, _APP1, _EXIF = 0xDA, 0xE1, b"Exif\0\0"
 _SIGNATURES: tuple[tuple[bytes, str], ...] = ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"))
 _REFUSED: tuple[tuple[bytes, str], ...] = (
     (b"%!PS", "EPS"), (b"\xc5\xd0\xd3\xc6", "EPS"), (b"%PDF", "PDF"), (b"GIF8", "GIF"), (b"BM", "BMP"),
     (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"8BPS", "PSD"), (b"\0\0\x01\0", "ICO"), (b"\0\0\0\x0cjP", "JPEG 2000"),
     (b"\xff\x0a", "JPEG XL"), (b"\0\0\0\x0cJXL", "JPEG XL"), (b"<svg", "SVG"), (b"#?RADIANCE", "HDR"),
 )  # fmt: skip
-# What PIL lets out of damaged PNG and WebP files and EXIF blocks (found by flipping bytes, tests/data/test_images.py).
-_PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError)
-_LIBRARY_ERRORS = (*_PIL_ERRORS, struct.error, zlib.error)
+# What PIL lets out of damaged PNG and WebP files (found by flipping bytes, tests/data/test_images.py).
+_LIBRARY_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    LookupError,
+    EOFError,
+    TypeError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+)
 
 
 class DamagedImage(ValueError):
@@ -86,9 +97,13 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
     return header
 
 
-def decode_scaled(data: bytes, header: Header, factor: int = 1) -> Pixels:
-    """The upright picture at 1/factor of its size, rounded up (factor 1, 2, 4, 8; other than 1 only for JPEG)."""
-    pixels = _decode_jpeg(data, header, factor) if header.format == "JPEG" else _decode_pil(data, header)
+def decode_scaled(data: bytes, header: Header, factor: int = 1, *, fast: bool = False) -> Pixels:
+    """The upright picture at 1/factor of its size, rounded up (factor 1, 2, 4, 8; other than 1 only for JPEG).
+
+    `fast` repeats a JPEG's subsampled chroma instead of interpolating it: 7 % less time, 0.3 levels on average; the
+    cosine of DINOv2 features is 0.99996 (1,402 photographs of CUB, 112 px), where PIL's bilinear has 0.9989.
+    """
+    pixels = _decode_jpeg(data, header, factor, fast) if header.format == "JPEG" else _decode_pil(data, header)
     return _upright(pixels, header.orientation)
 
 
@@ -112,51 +127,69 @@ def _jpeg_header(data: bytes) -> Header:
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError as error:
-        raise _jpeg_damage(error) from error
-    orientation = _orientation(data) if _has_metadata(data) else 1
+        raise _jpeg_damage(data, error) from error
+    orientation = _jpeg_orientation(data)
     if orientation >= 5:
         height, width = width, height
     return Header("JPEG", height, width, orientation, colorspace)
 
 
-def _jpeg_damage(error: Exception) -> DamagedImage:
-    message = str(error)
-    # libjpeg ends a cut file with an EOI of its own and a warning.
-    cut = any(words in message.lower() for words in ("premature end", "input file read error", "empty input"))
-    return DamagedImage("truncated" if cut else "cannot decode", message)
+def _jpeg_damage(data: bytes, error: Exception) -> DamagedImage:
+    # libjpeg ends a file cut in a scan with an EOI of its own and this warning; cut before, there is no scan.
+    cut = "premature end" in str(error).lower() or all(marker != _SCAN for marker, _ in _segments(data))
+    return DamagedImage("truncated" if cut else "cannot decode", str(error))
 
 
-def _has_metadata(data: bytes) -> bool:
-    """Whether an APP1 segment (EXIF or XMP, where an orientation may stand) comes before the first scan."""
-    position, end = 2, len(data) - 4
-    while position < end and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == 0xE1:
-            return True
-        if marker == 0xDA:
-            return False
-        position += 1 if marker == 0xFF else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return False
+def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(marker, payload) of what stands before the first scan, and that scan's marker, as far as the bytes go."""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
+        if marker != 0xFF:  # else a fill byte
+            # Payloads of tables are not copied: only APP1 is ever looked into.
+            yield marker, data[position + 4 : position + 2 + length] if marker == _APP1 else b""
+        if marker == _SCAN:
+            return
+        position += 1 if marker == 0xFF else 2 + length
 
 
-def _orientation(data: bytes) -> int:
-    """The EXIF (or XMP) orientation 1-8 as PIL reads it; 1 where the block is absent or damaged."""
-    try:
-        value = Image.open(io.BytesIO(data), formats=("JPEG",)).getexif().get(0x0112, 1)
-    except _LIBRARY_ERRORS:
+def _jpeg_orientation(data: bytes) -> int:
+    blocks = (payload for marker, payload in _segments(data) if marker == _APP1 and payload.startswith(_EXIF))
+    return next((_exif_orientation(block) for block in blocks), 1)
+
+
+def _exif_orientation(block: bytes) -> int:
+    """Orientation 1-8 of an EXIF block; 1 where it is absent or damaged, since the picture itself may be whole."""
+    tiff = block.removeprefix(_EXIF)
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
         return 1
-    return value if value in range(1, 9) else 1
+    try:
+        (directory,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (num_entries,) = struct.unpack_from(f"{order}H", tiff, directory)
+        for entry in range(directory + 2, directory + 2 + 12 * num_entries, 12):
+            tag, kind, count, value = struct.unpack_from(f"{order}HHIH", tiff, entry)
+            if (tag, kind, count) == (0x0112, 3, 1):
+                return value if 1 <= value <= 8 else 1
+    except struct.error:
+        pass  # the block ends before it should
+    return 1
 
 
-def _decode_jpeg(data: bytes, header: Header, factor: int) -> Pixels:
+def _decode_jpeg(data: bytes, header: Header, factor: int, fast: bool) -> Pixels:
     height, width = (header.width, header.height) if header.orientation >= 5 else (header.height, header.width)
     cmyk = header.colorspace in ("CMYK", "YCCK")
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(
-            data, "CMYK" if cmyk else "RGB", min_height=-(-height // factor), min_width=-(-width // factor), strict=True
+            data,
+            "CMYK" if cmyk else "RGB",
+            fastupsample=fast,
+            min_height=-(-height // factor),
+            min_width=-(-width // factor),
+            strict=True,
         )
     except ValueError as error:
-        raise _jpeg_damage(error) from error
+        raise _jpeg_damage(data, error) from error
     return _cmyk_to_rgb(pixels) if cmyk else pixels
 
 
@@ -179,25 +212,41 @@ def _open_pil(data: bytes, name: str) -> Image.Image:
 
 
 def _pil_header(data: bytes, name: str) -> Header:
+    if name == "WEBP" and (announced := int.from_bytes(data[4:8], "little") + 8) > len(data):
+        raise DamagedImage("truncated", f"{len(data)} bytes of {announced}")
     image = _open_pil(data, name)
-    try:
-        orientation = image.getexif().get(0x0112, 1)
-    except _LIBRARY_ERRORS:
-        orientation = 1
-    orientation = orientation if orientation in range(1, 9) else 1
+    orientation = _exif_orientation(image.info.get("exif", b""))
     width, height = image.size if orientation < 5 else image.size[::-1]
     return Header(name, height, width, orientation, image.mode)
 
 
+def _check_png(data: bytes) -> None:
+    """Every chunk's CRC up to IEND: PIL leaves out the pixels' own, and 4 % of single flipped bits came through."""
+    position, kind = 8, b""
+    while kind != b"IEND":
+        header = data[position : position + 8]
+        end = position + 12 + int.from_bytes(header[:4], "big")
+        if len(header) < 8 or end > len(data):
+            raise DamagedImage("truncated", f"ends in chunk {header[4:]!r}")
+        kind = header[4:]
+        if zlib.crc32(memoryview(data)[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            raise DamagedImage("cannot decode", f"checksum of chunk {kind!r}")
+        position = end
+
+
 def _decode_pil(data: bytes, header: Header) -> Pixels:
+    if header.format == "PNG":
+        _check_png(data)
     try:
         image = _open_pil(data, header.format)
         image.load()
         if image.mode.startswith("I"):  # 16-bit grey: PIL's own convert("RGB") would clip at 255 and give white
             return np.repeat((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)[..., None], 3, axis=2)
         return np.array(image.convert("RGB"))
+    except DamagedImage:
+        raise
     except _LIBRARY_ERRORS as error:
-        raise error if isinstance(error, DamagedImage) else _pil_damage(error) from error
+        raise _pil_damage(error) from error
 
 
 def _pil_damage(error: Exception) -> DamagedImage:

@@ -174,7 +174,7 @@ def apply_mix(planes: torch.Tensor, mix: MixTensors) -> torch.Tensor:
     """[B, 3, S, S] blended with the partners (slot ^ 1), or with a box taken over from them."""
     num_pairs = len(planes) // 2
     paired = planes[: 2 * num_pairs]
-    partner = paired.unflatten(0, (num_pairs, 2)).flip(1).flatten(0, 1)
+    partner = paired.view(num_pairs, 2, *paired.shape[1:]).flip(1).view(paired.shape)
     own = _own_weight(mix.blend[: 2 * num_pairs], mix.box[: 2 * num_pairs], planes.shape[-2], planes.shape[-1])
     mixed = torch.lerp(partner, paired, own)  # exact where the weight is 0 or 1
     return mixed if len(mixed) == len(planes) else torch.cat([mixed, planes[2 * num_pairs :]])

@@ -147,7 +147,7 @@ class TrainTransform:
         header = read_header(data, max_pixels=self.max_pixels)
         box = ops.random_crop(header.height, header.width, augment.crop_scale, augment.crop_ratio, draws)
         factor = header.factor(box.height, box.width, size)
-        crop = box.cut(decode_scaled(data, header, factor), factor)
+        crop = box.cut(decode_scaled(data, header, factor, fast=True), factor)
         return resize(crop, size, size, self.preprocessing.interpolation)
 
     def _erase(self, pixels: Pixels, draws: _Draws) -> Pixels:
@@ -179,7 +179,7 @@ def prepare_worker() -> None:
 
 
 def resize(pixels: Pixels, height: int, width: int, interpolation: Interpolation = "bicubic") -> Pixels:
-    """[H, W, 3] resized with antialiasing, the same bits as PIL (tested), by torch's uint8 kernel.
+    """[H, W, 3] resized with antialiasing, within one level of PIL, by torch's uint8 kernel.
 
     Measured on one core, crops of photographs to 224 px: 0.08 ms; OpenCV's INTER_AREA 0.10, and it moves pixels by one
     level on average when shrinking, by more when enlarging; PIL 0.6 ms.
