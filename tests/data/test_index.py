@@ -63,7 +63,13 @@ def test_another_key_at_the_place_is_damage(packed: DatasetIndex) -> None:
     split = packed.split("train")
     rows = np.array(split.samples)
     fd = os.open(split.shard_file(0), os.O_RDONLY)
-    for column, by in (("offset", 512), ("length", 1), ("header_blocks", 1), ("header_blocks", 40_000), ("offset", 1 << 40)):
+    for column, by in (
+        ("offset", 512),
+        ("length", 1),
+        ("header_blocks", 1),
+        ("header_blocks", 40_000),
+        ("offset", 1 << 40),
+    ):
         row = rows[0].copy()
         row[column] = int(row[column]) + by
         with pytest.raises(DamagedShard):

@@ -7,7 +7,18 @@ from webdataset.tariterators import base_plus_ext
 
 from vitdist.data.keys import MAX_FILE_NAME, as_file_name, plain, split_name
 
-NAMES = ["a.jpg", "a.b.jpg", "x/IMG.2021.jpg", "x.y/a.cls", ".hidden", "x/.hidden.jpg", "noext", "a.JPG", "ä ö/ü.json", "a."]
+NAMES = [
+    "a.jpg",
+    "a.b.jpg",
+    "x/IMG.2021.jpg",
+    "x.y/a.cls",
+    ".hidden",
+    "x/.hidden.jpg",
+    "noext",
+    "a.JPG",
+    "ä ö/ü.json",
+    "a.",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -21,7 +32,21 @@ def test_meta_members_belong_to_no_sample() -> None:
 
 
 def test_file_names_are_safe_and_different() -> None:
-    keys = ["../../etc/passwd", "..", ".", "", "a/b", "a%2Fb", "a\0b", "é", "\udcff", "x" * 500, "x" * 501, "C:\\x", "~"]
+    keys = [
+        "../../etc/passwd",
+        "..",
+        ".",
+        "",
+        "a/b",
+        "a%2Fb",
+        "a\0b",
+        "é",
+        "\udcff",
+        "x" * 500,
+        "x" * 501,
+        "C:\\x",
+        "~",
+    ]
     names = [as_file_name(key) for key in keys]
     assert len(set(names)) == len(keys)
     for name in names:

@@ -59,7 +59,9 @@ def _add_index(actions: Any) -> None:
         "shards", nargs="+", metavar="SHARDS", help="tar files, folders, 'a-{00..99}.tar', http(s); or test=..."
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder that index.json is written to")
-    parser.add_argument("--label-key", metavar="KEY", help="the label's key in the json member, or cls (default: found)")
+    parser.add_argument(
+        "--label-key", metavar="KEY", help="the label's key in the json member, or cls (default: found)"
+    )
     parser.add_argument("--classes", metavar="FILE", help="class names, a line each, for labels 0, 1...")
     parser.add_argument("--group-key", metavar="KEY", default="group", help="json key of what belongs together")
     _add_tree(parser)

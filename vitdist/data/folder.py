@@ -112,9 +112,7 @@ def _walk(source: Path) -> Iterator[Path]:
         seen.add(real)
 
 
-def _labels_of_folders(
-    files: list[_File], levels: Sequence[str] | None
-) -> tuple[list[dict[str, str]], Taxonomy, str]:
+def _labels_of_folders(files: list[_File], levels: Sequence[str] | None) -> tuple[list[dict[str, str]], Taxonomy, str]:
     depths = {len(file.folders) for file in files}
     depth = min(depths)
     if levels is None:
@@ -143,9 +141,7 @@ def _labels_of_tree(files: list[_File], taxonomy: Taxonomy, source: Path) -> tup
     return paths, tree_of(taxonomy.levels, paths)
 
 
-def _draw_test(
-    files: list[_File], labels: list[dict[str, str]], source: Path, fraction: float, seed: int
-) -> list[str]:
+def _draw_test(files: list[_File], labels: list[dict[str, str]], source: Path, fraction: float, seed: int) -> list[str]:
     """'train' or 'test' for each file: of every class with two or more photographs at least one is in each."""
     by_class: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for position, path in enumerate(labels):

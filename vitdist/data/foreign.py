@@ -83,7 +83,7 @@ def index_foreign(
 def expand(addresses: Sequence[str]) -> list[tuple[str, str]]:
     """(split, path or URL) of each shard, in order; DataError for a pattern without a match.
 
-    The split is what stands before a '=' (train=a.tar), else the last train, val or test in the path, else train.
+    The split is what stands before a '=' (train=a.tar), else what `split_of` finds in the path.
     """
     found: list[tuple[str, str]] = []
     for address in addresses:
@@ -97,8 +97,9 @@ def expand(addresses: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def split_of(path: str) -> str:
-    """The split a path's folder or file name speaks of."""
-    words = _WORD.findall("/".join(Path(path).parts[-2:]).lower())
+    """The split that a file's name speaks of, or that its folder is called; train where neither says."""
+    folder, _, name = path.partition("?")[0].lower().rpartition("/")
+    words = _WORD.findall(name) or [word for word in (folder.rpartition("/")[2],) if _WORD.fullmatch(word)]
     return _SYNONYM.get(words[-1], words[-1]) if words else "train"
 
 

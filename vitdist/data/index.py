@@ -168,9 +168,7 @@ def _read(root: Path) -> bytes:
 
 
 def _split(root: Path, name: str, data: Any) -> Split:
-    shards = tuple(
-        Shard(str(s["path"]), int(s["bytes"]), str(s["sha256"]), int(s["samples"])) for s in data["shards"]
-    )
+    shards = tuple(Shard(str(s["path"]), int(s["bytes"]), str(s["sha256"]), int(s["samples"])) for s in data["shards"])
     table = Table(str(data["table"]["path"]), int(data["table"]["bytes"]), str(data["table"]["sha256"]))
     suffixes = tuple(str(suffix) for suffix in data["suffixes"])
     return Split(name, shards, int(data["samples"]), suffixes, int(data["groups"]), table, root)

@@ -27,11 +27,14 @@ def read_tree(path: str | Path, levels: Sequence[str] | None = None) -> Taxonomy
             levels = CUB_LEVELS if has_cub else [column for column in columns if column]
         if not levels:
             raise DataError(f"{path} has no columns; the first line names the levels, coarse to fine")
-        return read_csv(path, levels, leaf=levels[-1] if levels[-1] in columns else CLASS_NAME)
+        tree = read_csv(path, levels, leaf=levels[-1] if levels[-1] in columns else CLASS_NAME)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} is no CSV in UTF-8: {error}") from None
+    if not tree.names[-1]:
+        raise DataError(f"{path} names no class at its finest level, {levels[-1]}")
+    return tree
 
 
 def labels_by_name(tree: Taxonomy) -> dict[str, dict[str, str]]:

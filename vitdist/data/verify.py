@@ -26,9 +26,11 @@ def verify(path: str | Path) -> list[str]:
     except DataError as error:
         return [str(error)]
     problems = _index_problems(index)
-    work = [(split, number) for split in index.splits.values() for number in range(len(split.shards))]
+    work: list[tuple[Split, int, bool]] = []
     for split in index.splits.values():
-        problems += _table_problems(split, index.taxonomy.num_nodes)
+        of_table = _table_problems(split, index.taxonomy.num_nodes)
+        work += [(split, number, not of_table) for number in range(len(split.shards))]
+        problems += of_table
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for found in pool.map(lambda item: shard_problems(*item), work):
             problems += found
@@ -56,8 +58,8 @@ def _table_problems(split: Split, num_nodes: int) -> list[str]:
     return []
 
 
-def shard_problems(split: Split, number: int) -> list[str]:
-    """What is wrong with one shard; a damaged member is named, a damaged rest by the shard's hash."""
+def shard_problems(split: Split, number: int, has_rows: bool = True) -> list[str]:
+    """What is wrong with one shard; a damaged member is named where the rows can be trusted, else the shard's hash."""
     shard, path = split.shards[number], split.shard_file(number)
     if is_url(path):
         return [f"{path}: not read, since it is not on a disk here"]
@@ -66,21 +68,22 @@ def shard_problems(split: Split, number: int) -> list[str]:
     except DataError as error:
         return [str(error)]
     rows = split.samples[split.shard_starts[number] : split.shard_starts[number + 1]]
-    problems = _member_problems(content, rows, split.suffixes, path)
+    problems = _member_problems(content, rows, split.suffixes, path) if has_rows else []
     if not problems and (content.bytes, content.sha256) != (shard.bytes, shard.sha256):
         problems = [f"{path}: its {content.bytes} bytes have another sha256 than the index says ({shard.bytes} bytes)"]
     return problems
 
 
 def _member_problems(content: ShardContent, rows: np.ndarray, suffixes: tuple[str, ...], path: str) -> list[str]:
-    if len(content.samples) != len(rows):
-        return [f"{path}: it holds {len(content.samples)} images, its index says {len(rows)}"]
+    """Rows whose image is another or elsewhere; images without a row are those that indexing left out."""
+    there = {sample.image.offset: sample for sample in content.samples if sample.image is not None}
     problems = []
-    for row, sample in zip(rows, content.samples, strict=True):
-        image = sample.image
-        assert image is not None
-        place = (image.offset, image.length, image.offset - image.start)
-        if place != (row["offset"], row["length"], int(row["header_blocks"]) * BLOCK):
+    for row in rows:
+        sample = there.get(int(row["offset"]))
+        image = sample.image if sample is not None else None
+        if sample is None or image is None:
+            problems.append(f"{path}: no image begins at byte {row['offset']}, where the index has one")
+        elif (image.length, image.offset - image.start) != (row["length"], int(row["header_blocks"]) * BLOCK):
             problems.append(f"{path}: {image.name!r} is not where the index has it")
         elif sample.checksum != row["checksum"] or sample.suffix not in suffixes[row["suffix"] : row["suffix"] + 1]:
             problems.append(f"{path}: {image.name!r} has other bytes than were indexed")
