@@ -50,7 +50,6 @@ class _Findings:
 
     skipped: list[str] = field(default_factory=list)
     num_imageless: int = 0
-    keys: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
 def index_foreign(
@@ -73,11 +72,11 @@ def index_foreign(
     splits: dict[str, _SplitSoFar] = {split: _SplitSoFar() for split in SPLITS}
     findings = _Findings()
     for number, (split, address) in enumerate(shards, 1):
-        _add_shard(splits[split], split, address, out, reader, findings, skip_bad)
+        _add_shard(splits[split], address, out, reader, findings, skip_bad)
         if progress is not None:
             progress(number, len(shards))
     index = _write(out, name or out.name, splits, reader, len(findings.skipped), overwrite)
-    return ForeignSet(index, [reader.describe(), *_notes(findings, skip_bad)], findings.skipped)
+    return ForeignSet(index, [reader.describe(), *_notes(findings)], findings.skipped)
 
 
 def expand(addresses: Sequence[str]) -> list[tuple[str, str]]:
@@ -133,7 +132,7 @@ def _local(path: str) -> list[str]:
 
 
 def _add_shard(
-    split: _SplitSoFar, name: str, address: str, out: Path, reader: LabelReader, findings: _Findings, skip_bad: bool
+    split: _SplitSoFar, address: str, out: Path, reader: LabelReader, findings: _Findings, skip_bad: bool
 ) -> None:
     try:
         content = _read(address)
@@ -145,7 +144,6 @@ def _add_shard(
     unlabelled = findings.skipped if skip_bad else None
     rows = rows_of(content, len(split.shards), split.suffixes, reader, address, unlabelled)
     findings.num_imageless += content.num_imageless
-    findings.keys.update((name, sample.key) for sample in content.samples)
     path = address if is_url(address) else stored_path(out, address)
     split.shards.append(Shard(path, content.bytes, content.sha256, len(rows)))
     split.tables.append(rows)
@@ -186,12 +184,10 @@ def _write(
     return write_index(out, index, indexed)
 
 
-def _notes(findings: _Findings, skip_bad: bool) -> list[str]:
+def _notes(findings: _Findings) -> list[str]:
     notes = []
     if findings.num_imageless:
         notes.append(f"{findings.num_imageless} samples without a jpg, png or webp were left out")
     if findings.skipped:
         notes.append(f"{len(findings.skipped)} damaged shards or samples without a label were left out")
-    if repeated := sum(count > 1 for count in findings.keys.values()):
-        notes.append(f"{repeated} keys come more than once in a split; samples are told apart by their place")
     return notes
