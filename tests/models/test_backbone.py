@@ -108,7 +108,7 @@ def test_heads_that_do_not_divide_the_width_are_refused() -> None:
 
 def test_a_model_that_cannot_take_an_option_is_refused_in_one_line() -> None:
     with pytest.raises(UsageError, match="drop_path_rate"):
-        build_backbone("vgg11", image_size=32, drop_path=0.1)
+        build_backbone("dla46_c", image_size=32, drop_path=0.1)
 
 
 def test_gradient_checkpointing_changes_no_number() -> None:
@@ -129,7 +129,7 @@ def test_gradient_checkpointing_changes_no_number() -> None:
 
 def test_a_model_without_gradient_checkpointing_says_so() -> None:
     with pytest.raises(UsageError, match="grad_checkpointing"):
-        build_backbone("vgg11", image_size=32, grad_checkpointing=True)
+        build_backbone("dla46_c", image_size=32, grad_checkpointing=True)
 
 
 def trained(backbone: Backbone) -> set[str]:

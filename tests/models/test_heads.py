@@ -49,6 +49,11 @@ def test_every_head_starts_as_the_linear_one(kind: str, direction: str) -> None:
         assert torch.equal(head(given)[2], nn.functional.linear(given.pooled, weight, bias))
 
 
+def test_self_attention_starts_as_no_change() -> None:
+    given = tokens().tokens
+    assert torch.equal(head_of("attention", self_attention_blocks=2).eval().blocks(given), given)  # type: ignore[operator]
+
+
 @pytest.mark.parametrize(("kind", "direction"), EVERY_HEAD)
 def test_logits_come_coarse_to_fine_and_every_parameter_learns(kind: str, direction: str) -> None:
     """What stands before projections that began at zero learns too, after an update for each of them in a row."""
@@ -136,6 +141,8 @@ def test_the_pyramid_halves_each_side_down_to_two(grid: tuple[int, int], expecte
 def test_a_pyramid_cell_is_the_mean_of_its_region() -> None:
     patches = torch.arange(16.0).reshape(1, 16, 1)
     assert pyramid(patches, (4, 4), 2)[0].flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    ragged = torch.arange(9.0).reshape(1, 9, 1)  # a side of three: the last cells hold what is left
+    assert pyramid(ragged, (3, 3), 2)[0].flatten().tolist() == [2.0, 3.5, 6.5, 8.0]
 
 
 def test_dropout_follows_each_module_in_training_only() -> None:

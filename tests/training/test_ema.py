@@ -92,6 +92,16 @@ def test_the_model_carries_the_average_inside_the_block_only() -> None:
     assert pointers == [parameter.data_ptr() for parameter in net.parameters()]
 
 
+def test_warm_up_ends_at_the_decay() -> None:
+    net = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(net.weight)
+    ema = ModelEMA(net, 0.2)
+    nn.init.zeros_(net.weight)
+    for _ in range(6):
+        ema.update(net)
+    assert ema.average["weight"].item() == pytest.approx(1 / 10 * 2 / 11 * 0.2**4, rel=1e-4)
+
+
 def test_a_half_precision_model_is_averaged_in_float32_and_comes_back_exactly() -> None:
     net = model().to(torch.bfloat16)
     ema = ModelEMA(net, 0.999, warmup=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
-from timm.data import resolve_model_data_config
+from timm.data.config import resolve_model_data_config
 from timm.models import group_parameters
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -128,7 +128,7 @@ def build_backbone(
         backbone = _scratch(vit or ViTShape(), image_size, drop_path)
     else:
         model = _create(name, image_size, drop_path)
-        config = resolve_model_data_config(model)
+        config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
         kept = {key: config[key] for key in ("interpolation", "crop_pct")}
         kept |= {key: tuple(config[key]) for key in ("mean", "std")}
         backbone = Backbone(model, name, kept, image_size)

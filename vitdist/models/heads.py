@@ -11,7 +11,8 @@ Shapes: B batch, N tokens, D width of the pooled feature, T width of a token, L 
 from __future__ import annotations
 
 import torch.nn.functional as F
-from timm.layers import Attention, AttentionPoolLatent
+from timm.layers.attention import Attention
+from timm.layers.attention_pool import AttentionPoolLatent
 from torch import Tensor, nn
 
 from vitdist.errors import UsageError
@@ -33,7 +34,8 @@ class SelfAttention(nn.Module):
         _zero(self.attention.proj)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.dropout(tokens + self.attention(self.norm(tokens)))
+        out: Tensor = self.dropout(tokens + self.attention(self.norm(tokens)))
+        return out
 
 
 class AttentionPool(nn.Module):
@@ -50,7 +52,8 @@ class AttentionPool(nn.Module):
         _zero(self.project)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.project(self.pool(self.norm(tokens)))
+        out: Tensor = self.project(self.pool(self.norm(tokens)))
+        return out
 
 
 class Head(nn.Module):
@@ -167,12 +170,12 @@ def _handed_on(pooled: Tensor, seen: list[Tensor], *, stop_gradient: bool) -> li
 
 def pyramid(tokens: Tensor, grid: tuple[int, int], num_levels: int) -> list[Tensor]:
     """Tokens [B, N, T] of each level, coarse to fine: the last as they are, each before it on half the grid."""
-    picture = tokens.transpose(1, 2).unflatten(2, grid)
+    picture = tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *grid)
     levels = [tokens]
     for _ in range(num_levels - 1):
         # Not adaptive pooling: its gradient on CUDA is refused under deterministic algorithms.
         halves = [2 if side > 2 else 1 for side in picture.shape[2:]]
-        picture = F.avg_pool2d(picture, halves, ceil_mode=True, count_include_pad=False)
+        picture = F.avg_pool2d(picture, halves, ceil_mode=True)
         levels.append(picture.flatten(2).transpose(1, 2))
     return levels[::-1]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -155,9 +156,8 @@ def fetch(repository: str, filename: str = FILE_NAME, revision: str | None = Non
     """A file of a Hugging Face repository: from the cache without any network, else downloaded into it."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
-    from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # else each retry is a line of its own on every rank
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # else each retry is a line of its own on every rank
     download = partial(hf_hub_download, repository, filename, revision=revision)
     try:
         return Path(download(local_files_only=True))
