@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from vitdist.data.index import INDEX_NAME, DatasetIndex, Split, is_url, load_index, render_index
+from vitdist.data.index import INDEX_NAME, DatasetIndex, Split, is_intact, is_url, load_index
 from vitdist.data.shard_content import ShardContent, read_shard
 from vitdist.data.tar import BLOCK
 from vitdist.errors import DataError
@@ -39,8 +38,7 @@ def verify(path: str | Path) -> list[str]:
 
 def _index_problems(index: DatasetIndex) -> list[str]:
     path = index.root / INDEX_NAME
-    text = path.read_bytes()
-    if render_index(json.loads(text)) != text:
+    if not is_intact(path.read_bytes()):
         return [f"{path}: it is not as vitdist wrote it; copy it again or pack the set again"]
     return []
 
