@@ -221,7 +221,7 @@ def render_index(data: Mapping[str, Any]) -> bytes:
 
 
 def is_intact(text: bytes) -> bool:
-    """Whether these are the bytes that `render_index` made; hashed as they are: rendering again costs 100 times that."""
+    """Whether these are the bytes that `render_index` made; hashed as they are, since rendering again is slow."""
     tail = _TAIL.search(text, max(0, len(text) - 100))
     return tail is not None and hashlib.sha256(text[: tail.start()] + _END).hexdigest().encode() == tail.group(1)
 
