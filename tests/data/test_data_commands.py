@@ -88,6 +88,16 @@ def test_folder_says_what_it_decided(source: Path, tmp_path: Path, capfd: pytest
     assert load_index(tmp_path / "out").name == "images"
 
 
+def test_demo_is_drawn_and_packed_together(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ("demo", tmp_path / "demo", "--train-per-class", 2, "--test-per-class", 1)
+    assert run(*words) == 0 and run(*words) == 0
+    assert "already held" in capfd.readouterr().out
+    assert verify(tmp_path / "demo") == [] and (tmp_path / "demo" / "source" / "images.txt").is_file()
+    assert run(*words, "--seed", 1) == 2
+    assert run(*words, "--seed", 1, "--overwrite") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
 def test_index_reads_our_own_shards_as_foreign_ones(
     source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -144,9 +144,7 @@ def load_index(path: str | Path) -> DatasetIndex:
         if data["format"] != FORMAT:
             raise DataError(f"{root / INDEX_NAME} has format {data['format']!r}, this vitdist reads {FORMAT}")
         if "sha256" in data and not is_intact(text):
-            raise DataError(
-                f"{root / INDEX_NAME} was changed after it was written; copy or pack the set again"
-            )
+            raise DataError(f"{root / INDEX_NAME} was changed after it was written; copy or pack the set again")
         index = DatasetIndex(
             root,
             str(data["name"]),
