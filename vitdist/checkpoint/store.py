@@ -100,7 +100,7 @@ class Store:
         target = self.folder / text
         return target if _NAME.fullmatch(text) and target.is_dir() else None
 
-    def list(self) -> list[tuple[int, Path]]:
+    def published(self) -> list[tuple[int, Path]]:
         """(step, folder) of every published checkpoint, oldest first by number."""
         if not self.folder.is_dir():
             return []
@@ -109,8 +109,8 @@ class Store:
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that verifies, and a line for each newer one passed over. Deletes nothing."""
-        notes = []
-        for step, path in reversed(self.list()):
+        notes: list[str] = []
+        for step, path in reversed(self.published()):
             problems = verify(path, step=step)
             if not problems:
                 return path, notes
@@ -119,7 +119,7 @@ class Store:
 
     def prune(self, retention: Retention, value_of: dict[int, float]) -> None:
         """Delete what retention does not keep. `value_of`: step -> how good (higher is better). A failed delete is left."""
-        published = self.list()
+        published = self.published()
         keep = {step for step, _ in published[-max(1, retention.keep_last) :]}
         ranked = sorted((s for s, _ in published if s in value_of), key=lambda s: (value_of[s], s), reverse=True)
         keep.update(ranked[: retention.keep_best])

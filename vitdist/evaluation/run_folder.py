@@ -98,7 +98,7 @@ def _recipe(file: Path, notes: list[str]) -> dict[str, Any]:
 def _tree(path: Path, notes: list[str]) -> Taxonomy | None:
     """The class tree of the best, else last, else newest checkpoint."""
     store = Store(path)
-    folders = [store.pointed("best"), store.pointed("last"), *(folder for _, folder in reversed(store.list()))]
+    folders = [store.pointed("best"), store.pointed("last"), *(folder for _, folder in reversed(store.published()))]
     for folder in folders:
         if folder is not None and (file := folder / "taxonomy.json").is_file():
             try:

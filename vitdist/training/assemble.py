@@ -16,7 +16,7 @@ from vitdist.data.transforms import Augment, EvalTransform, Preprocessing, Train
 from vitdist.models.backbone import ViTShape, build_backbone, freeze
 from vitdist.models.classifier import Classifier
 from vitdist.models.heads import build_head
-from vitdist.models.weights import WeightsRecord, load_weights
+from vitdist.models.weights import load_weights
 from vitdist.optim import build_optimizer, param_groups
 from vitdist.recipe.batch import BatchSplit
 from vitdist.recipe.schema import Recipe
@@ -53,11 +53,6 @@ def build_model(recipe: Recipe, taxonomy: Taxonomy, *, weights: str | None = Non
         model.backbone.record = load_weights(model, source, taxonomy)
     freeze(backbone, wish.freeze)
     return model
-
-
-def weights_record(model: Classifier) -> WeightsRecord | None:
-    """What the model started from."""
-    return model.backbone.record
 
 
 def vit_shape(recipe: Recipe) -> ViTShape:

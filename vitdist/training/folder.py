@@ -80,7 +80,7 @@ def _checkpoint(run_dir: Path, resume: str, notes: list[str]) -> Path | None:
     store.sweep()
     newest, passed_over = store.newest()
     notes += passed_over
-    if newest is None and store.list():
+    if newest is None and store.published():
         raise CheckpointError(
             f"{run_dir} has checkpoints, and none verifies: {passed_over[0]}; nothing was deleted; "
             "start anew with out=... or --resume never"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitdist.checkpoint import state as files
-from vitdist.checkpoint.store import Retention, Store
+from vitdist.checkpoint.store import Retention, Store, read_manifest
 from vitdist.data.plan import TrainPlan
 from vitdist.data.shards import Damage
 from vitdist.data.transforms import Preprocessing
@@ -51,16 +50,16 @@ class Job:
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    ema: ModelEMA | None
-    guard: NonFiniteGuard
     state: TrainState
     max_steps: int
     num_workers: int
     stop: StopFlag
     faults: Faults
-    journal: Journal
     store: Store
     lock: RunLock | None  # on rank 0
+    ema: ModelEMA | None = None
+    guard: NonFiniteGuard = field(init=False)
+    journal: Journal = field(init=False)
     num_damaged: int = 0  # samples replaced so far, agreed by all ranks
     damaged_here: Counter[str] = field(default_factory=Counter)  # on this rank since the last save, by kind and shard
 
@@ -139,44 +138,40 @@ def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -
         raise CheckpointError(f"{folder} does not fit this model: {' '.join(str(error).split())[:300]}") from None
 
 
-def restore(
-    folder: Path,
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: ModelEMA | None,
-    schedule: Schedule,
-    tree_json: Any,
-    rank: int,
-    world: int,
-    allow_inexact: bool,
-) -> TrainState:
-    """Put a checkpoint's state back into freshly built parts. Each rank reads the same files.
+def restore(job: Job, folder: Path, *, allow_inexact: bool) -> TrainState:
+    """Put a checkpoint back into a freshly built job, and return its plain state. Each rank reads the same files.
 
     With another number of ranks the generators start anew, which is exact as long as nothing draws from them
     (dropout and drop path at 0). CheckpointError for what cannot be restored, unless `allow_inexact`.
     """
-    load_model(model, folder, tree_json)
-    record = files.read_json(folder / files.STATE)
+    load_model(job.model, folder, job.datasets.tree.to_json())
     try:
-        state = TrainState.from_json(record["train"])
-        training = files.read_tensors(folder / files.TRAINING)
-        if ema is not None:
-            _load_strictly(model, files.with_prefix(training, "model/"), folder)
-            ema.load_state_dict(files.with_prefix(training, "ema/"))
-        files.load_optimizer(optimizer, files.with_prefix(training, "optimizer/"))
-        schedule.load_state_dict(state.schedule)
-        if state.world == world:
-            _set_generators(record["generators"][rank])
-        else:
-            log.info("resuming %d ranks' checkpoint on %d: random generators start anew", state.world, world)
+        return _restore_training(job, folder)
     except (KeyError, IndexError, TypeError, ValueError, CheckpointError) as error:
         if not allow_inexact:
             raise CheckpointError(
                 f"{folder} cannot be restored exactly: {error}; --allow-inexact-resume goes on from its weights"
             ) from None
         log.warning("%s is not restored exactly (%s); going on from its weights, as allowed", folder, error)
-        state = TrainState(step=_step_of(folder), inexact=True)
+        return TrainState(
+            step=read_manifest(folder)["step"], num_threads=job.state.num_threads, world=job.engine.world, inexact=True
+        )
+
+
+def _restore_training(job: Job, folder: Path) -> TrainState:
+    """All that only going on needs; raises whatever a damaged or foreign state makes it raise."""
+    record = files.read_json(folder / files.STATE)
+    state = TrainState.from_json(record["train"])
+    training = files.read_tensors(folder / files.TRAINING)
+    if job.ema is not None:
+        _load_strictly(job.model, files.with_prefix(training, "model/"), folder)
+        job.ema.load_state_dict(files.with_prefix(training, "ema/"))
+    files.load_optimizer(job.optimizer, files.with_prefix(training, "optimizer/"))
+    job.schedule.load_state_dict(state.schedule)
+    if state.world == job.engine.world:
+        _set_generators(record["generators"][job.engine.rank])
+    else:
+        log.info("a checkpoint of %d ranks goes on with %d: random generators start anew", state.world, job.engine.world)
     return state
 
 
@@ -187,6 +182,3 @@ def _set_generators(saved: Any) -> None:
     }
     rng.set_state(tensors, saved["plain"])
 
-
-def _step_of(folder: Path) -> int:
-    return int(json.loads((folder / "manifest.json").read_text())["step"])

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from torch import nn
 
 from vitdist.data.mixing import ToModelInput
 from vitdist.data.transforms import Preprocessing
@@ -64,9 +65,9 @@ def _features(
         pin_memory=engine.device.type == "cuda",
         num_workers=num_workers,
     )
-    width = model.head.classifiers[0].in_features
-    features = [np.zeros((0, datasets.tree.num_levels, width), dtype=np.float32)]
-    targets = [np.zeros((0, datasets.tree.num_levels), dtype=np.int32)]
+    num_levels = datasets.tree.num_levels
+    features = [np.zeros((0, num_levels, model.backbone.width), dtype=np.float32)]
+    targets = [np.zeros((0, num_levels), dtype=np.int32)]
     to_input = ToModelInput(preprocessing.mean, preprocessing.std).to(engine.device)
     with evaluating(model):
         for batch in loader:
@@ -89,6 +90,7 @@ def _fit(model: Classifier, level: int, features: np.ndarray, targets: np.ndarra
     weights = weights / scaler.scale_  # undo the standardisation: W (x - m) / s + b
     bias = bias - weights @ scaler.mean_
     classifier = model.head.classifiers[level]
+    assert isinstance(classifier, nn.Linear)
     with torch.no_grad():
         # classes that no sample shows stay impossible at the start, as far below as the least likely seen one
         classifier.weight.zero_()

@@ -1,0 +1,190 @@
+"""Putting a training together: every part built from the recipe, and restored where the run goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+
+from vitdist.checkpoint.store import Store
+from vitdist.metrics_log import MetricsLog, read_metrics
+from vitdist.progress import Progress
+from vitdist.recipe.batch import BatchSplit, split_batch
+from vitdist.recipe.schema import Recipe
+from vitdist.runtime import rng
+from vitdist.runtime.agree import everywhere
+from vitdist.runtime.engine import Engine, set_threads
+from vitdist.runtime.faults import Faults
+from vitdist.runtime.lock import RunLock
+from vitdist.runtime.stop import StopFlag
+from vitdist.tracking import WandbTracker
+from vitdist.training import assemble, folder
+from vitdist.training.datasets import Datasets
+from vitdist.training.ema import ModelEMA
+from vitdist.training.folder import Start
+from vitdist.training.guard import NonFiniteGuard
+from vitdist.training.job import Job, restore
+from vitdist.training.journal import Journal, cut_samples
+from vitdist.training.probe import start_from_probe
+from vitdist.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+def batch_split(recipe: Recipe, world: int) -> BatchSplit:
+    """A rank's micro-batches; RecipeError with the numbers when the global batch does not divide."""
+    mixing = recipe.augment.mixup > 0 or recipe.augment.cutmix > 0
+    return split_batch(recipe.train.global_batch_size, world, recipe.train.micro_batch_size, mixing=mixing)
+
+
+def build_job(
+    recipe: Recipe,
+    engine: Engine,
+    datasets: Datasets,
+    start: Start,
+    *,
+    stop: StopFlag,
+    faults: Faults,
+    lock: RunLock | None,
+    debug: bool,
+    allow_inexact: bool,
+) -> Job:
+    """All parts of a training, ready to step. Collective; `lock` is held on rank 0."""
+    checkpoint = None if start.checkpoint is None else Path(start.checkpoint)
+    plan = assemble.build_plan(recipe, datasets)
+    max_steps = recipe.train.max_duration.steps(plan.steps_per_epoch)
+    rng.seed_everything(recipe.seed, 0)  # the same first weights on every rank
+    model = everywhere(
+        engine, lambda: assemble.build_model(recipe, datasets.tree, weights=None if checkpoint is None else "none")
+    ).to(engine.device)
+    job = Job(
+        recipe=recipe,
+        run_dir=Path(recipe.out),
+        engine=engine,
+        datasets=datasets,
+        plan=plan,
+        batch=batch_split(recipe, engine.world),
+        preprocessing=assemble.preprocessing_of(recipe, model),
+        model=model,
+        wrapped=model,
+        optimizer=assemble.build_optimizer_of(recipe, model),
+        schedule=assemble.build_schedule_of(recipe, plan.steps_per_epoch, max_steps),
+        state=TrainState(num_threads=torch.get_num_threads(), world=engine.world),
+        max_steps=max_steps,
+        num_workers=assemble.num_workers_of(recipe, engine.ranks.local_world, debug=debug),
+        stop=stop,
+        faults=faults,
+        store=Store(Path(recipe.out), mark=lambda phase: faults.point(phase, job.state.step)),
+        lock=lock,
+    )
+    if checkpoint is None:
+        _begin(job)
+    else:
+        _go_on(job, checkpoint, allow_inexact)
+    _connect(job)
+    return job
+
+
+def _begin(job: Job) -> None:
+    """A first start: the probe, the average, and generators that differ by rank. Collective."""
+    rng.seed_everything(job.recipe.seed, job.engine.rank)
+    if job.recipe.model.head_init == "probe":
+        start_from_probe(
+            job.engine, job.recipe, job.model, job.datasets, job.preprocessing, num_workers=job.num_workers
+        )
+    job.ema = _average(job)
+
+
+def _go_on(job: Job, checkpoint: Path, allow_inexact: bool) -> None:
+    """A later start: everything as the checkpoint has it. Collective."""
+    job.ema = _average(job)
+    rng.seed_everything(job.recipe.seed, job.engine.rank)
+    job.state = everywhere(job.engine, lambda: restore(job, checkpoint, allow_inexact=allow_inexact))
+    if job.state.world == job.engine.world:
+        set_threads(job.engine.ranks, job.state.num_threads)
+    job.state.world = job.engine.world
+    job.num_damaged = job.state.num_damaged
+    log.info("resumed from step %d (%s)", job.state.step, checkpoint)
+
+
+def _average(job: Job) -> ModelEMA | None:
+    wish = job.recipe.ema
+    return None if wish.decay is None else ModelEMA(job.model, wish.decay, warmup=wish.warmup)
+
+
+def _connect(job: Job) -> None:
+    """Join the ranks' models, and open what is written while training. Collective."""
+    state, recipe = job.state, job.recipe
+    job.guard = NonFiniteGuard(
+        recipe.train.max_nonfinite_steps,
+        job.engine.device,
+        total=state.num_nonfinite,
+        in_row=state.num_nonfinite_in_row,
+    )
+    if recipe.train.compile:
+        job.model.compile()
+    job.wrapped = job.engine.prepare(job.model)
+    job.engine.warm_up(job.wrapped, job.preprocessing.image_size)
+    job.journal = _open_journal(job)
+
+
+def _open_journal(job: Job) -> Journal:
+    """Cut what a resumed run will do again, then open everything for appending. Collective."""
+    recipe, state = job.recipe, job.state
+    metrics = wandb = progress = None
+    evaluated: set[int] = set()
+    if job.engine.is_main:
+        metrics = MetricsLog(job.run_dir / "metrics.jsonl")
+        metrics.truncate_to(state.step)
+        evaluated = {line["step"] for line in read_metrics(metrics.path) if "val/count" in line}
+        cut_samples(job.run_dir, state.step)
+        wandb = WandbTracker(
+            recipe.tracking.wandb,
+            job.run_dir,
+            project=recipe.tracking.project,
+            name=recipe.name,
+            run_id=state.tracking_id or None,
+            config=recipe.flat(),
+        )
+        state.tracking_id = wandb.run_id
+        progress = Progress(job.max_steps, start=state.step)
+    job.engine.barrier()  # the lists of samples are cut before anybody appends to them
+    return Journal(
+        job.run_dir,
+        rank=job.engine.rank,
+        metrics=metrics,
+        wandb=wandb,
+        progress=progress,
+        log_samples=recipe.tracking.log_samples,
+        evaluated=evaluated,
+    )
+
+
+def introduce(job: Job, start: Start) -> None:
+    """Write down what runs here, and name the run in the log. Rank 0 only."""
+    record = job.model.backbone.record
+    for selection in (job.datasets.train, job.datasets.val):
+        if selection is not None:
+            text = json.dumps(selection.describe(), indent=1) + "\n"
+            folder.write_text(job.run_dir / "splits" / f"{selection.name}.json", text)
+    known = folder.read_environment(job.run_dir)
+    folder.write_environment(
+        job.run_dir,
+        start,
+        world=job.engine.world,
+        num_threads=job.state.num_threads,
+        device=str(job.engine.device),
+        data={"path": job.recipe.data.path, "hash": job.datasets.index.hash},
+        weights=record.to_json() if record is not None else known.get("weights"),
+        parameters=sum(parameter.numel() for parameter in job.model.parameters()),
+    )
+    log.info(
+        "%s: %d training samples, %d steps of %d = %d rank%s x micro-batch %d x accumulation %d, on %s, seed %d",
+        job.run_dir, job.datasets.train.num_samples, job.max_steps, job.plan.global_batch_size,
+        job.engine.world, "s" * (job.engine.world > 1), job.batch.micro_batch_size, job.batch.accumulation,
+        job.engine.device, job.recipe.seed,
+    )  # fmt: skip
+    if record is not None:
+        log.info("%s", record)
