@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional
 
 from vitdist.data.augmentations import (
     NUM_BOX_DRAWS,
+    apply_auto,
     erased_box,
     jitter_colour,
     noise_levels,
@@ -128,11 +129,28 @@ def test_the_number_of_threads_changes_nothing(auto: Any) -> None:
     try:
         for threads in (1, 4):
             torch.set_num_threads(threads), cv2.setNumThreads(threads)
-            views.append([transform(DATA, seed) for seed in range(40)])
+            views.append([transform(DATA, seed) for seed in range(20)])
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(torch_threads), cv2.setNumThreads(opencv_threads)
     assert all(np.array_equal(a, b) for a, b in zip(*views, strict=True))
+
+
+def test_automatic_operations_run_on_one_thread() -> None:
+    threads: list[int] = []
+
+    def operation(planes: torch.Tensor) -> torch.Tensor:
+        threads.append(torch.get_num_threads())  # a mean of floats over a large picture would depend on it
+        return planes
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        apply_auto(operation, PHOTO, 1)
+        threads.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1, 3]
 
 
 def test_without_augmentation_training_sees_what_evaluation_sees() -> None:
@@ -180,6 +198,11 @@ def test_crops_have_torchvisions_distribution() -> None:
         assert values.mean() == pytest.approx(others.mean(), rel=0.05)
 
 
+def test_a_crop_of_just_the_wanted_size_is_contiguous() -> None:
+    same = PHOTO[5:101, 7:103]
+    assert resize(same, 96, 96).flags.c_contiguous and np.array_equal(resize(same, 96, 96), same)
+
+
 def test_a_crop_that_never_fits_is_the_largest_central_one() -> None:
     box = random_crop(10, 1000, (0.9, 1.0), (3 / 4, 4 / 3), [0.5] * NUM_BOX_DRAWS)
     assert (box.height, box.width, box.top) == (10, 13, 0) and abs(box.left - 493) <= 1
@@ -205,6 +228,16 @@ def test_colour_is_torchvisions(which: int, operation: Any, draw: float) -> None
     strength[which], draws[which] = 0.4, draw
     expected = operation(torch.from_numpy(PHOTO).permute(2, 0, 1), 0.6 + 0.8 * draw).permute(1, 2, 0).numpy()
     assert np.abs(jitter_colour(PHOTO, strength, draws).astype(int) - expected).max() <= 2
+
+
+def test_colours_compose_in_order() -> None:
+    muted = (96 + PHOTO // 4).astype(np.uint8)  # nothing clips in between
+    planes = torch.from_numpy(muted).permute(2, 0, 1) / 255
+    steps = (functional.adjust_brightness, 1.2), (functional.adjust_contrast, 0.7), (functional.adjust_saturation, 1.3)
+    for operation, factor in steps:
+        planes = operation(planes, factor)
+    ours = jitter_colour(muted, (0.4, 0.6, 0.6, 0), (0.75, 0.25, 0.75, 0.5))
+    assert np.abs(ours - 255 * planes.permute(1, 2, 0).numpy()).max() < 1
 
 
 def test_hue_turns_colours_and_keeps_grey_and_luma() -> None:
