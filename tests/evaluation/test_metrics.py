@@ -112,6 +112,14 @@ def test_mistake_severity_is_the_height_of_the_common_ancestor() -> None:
     assert severity == {"mistakes": 3, "mean": 2.0, "by_height": {"1": 1, "2": 1, "3": 1}}
 
 
+def test_classes_without_a_known_parent_share_nothing() -> None:
+    tree = taxonomy.build(("family", "species"), [(None, "a"), (None, "b"), ("f", "c")])
+    logits = [np.zeros((1, 1), np.float32), np.array([[0, 1, 0]], np.float32)]
+    table = from_logits(np.array([0]), np.array([[-1, 0]]), logits)
+    assert metrics.mistake_severity(table, tree)["by_height"] == {"2": 1}
+    assert metrics.consistency(table, tree)["count"] == 0
+
+
 def test_consistency_asks_whether_coarse_answers_are_the_ancestors() -> None:
     table = _table([[0, 0, 0]] * 3, [[0, 0, 1], [0, 1, 1], [1, 2, 0]])
     assert metrics.consistency(table, _tree()) == {
