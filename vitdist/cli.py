@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitdist.errors import RecipeError, UsageError, lines
+from vitdist.errors import RecipeError, lines
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -55,14 +55,19 @@ def _fail(error: Exception, *, debug: bool) -> int:
     from vitdist.runtime.failures import classify
 
     failure = classify(error)
-    everywhere_alike = isinstance(failure, (RecipeError, UsageError))
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    if not failure.spoken_elsewhere and not (everywhere_alike and rank != "0"):
+    if not failure.spoken_elsewhere and (rank == "0" or _ranks_have_met()):
         for line in lines(failure):
             print(line if isinstance(failure, RecipeError) else f"vitdist: {line}", file=sys.stderr)
         if failure.exit_code == 1:
             print("vitdist: this is a bug; --debug shows where", file=sys.stderr)
     return failure.exit_code
+
+
+def _ranks_have_met() -> bool:
+    """Whether this process has joined its peers, so that a failure may be its own."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:

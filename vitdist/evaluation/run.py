@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import torch
 
 from vitdist import logs
 from vitdist.checkpoint import state as files
@@ -12,7 +16,8 @@ from vitdist.checkpoint.store import FOLDER, find_checkpoint, read_manifest
 from vitdist.data.transforms import Preprocessing
 from vitdist.errors import CheckpointError, UsageError
 from vitdist.evaluation import results
-from vitdist.evaluation.evaluate import evaluate
+from vitdist.evaluation.evaluate import Evaluated, evaluate
+from vitdist.models.classifier import Classifier
 from vitdist.recipe.load import load_recipe
 from vitdist.recipe.schema import Recipe
 from vitdist.runtime.agree import everywhere, on_main
@@ -52,17 +57,34 @@ def _home(checkpoint: Path) -> Path:
     return (parent.parent if parent.name == FOLDER else Path()) / results.FOLDER
 
 
-def _evaluate(engine: Engine, recipe: Recipe, checkpoint: Path, split: str, out: Path) -> None:
+@dataclass(frozen=True)
+class _Prepared:
+    """What an evaluation needs, the same on every rank."""
+
+    tree: Taxonomy
+    preprocessing: Preprocessing
+    targets: np.ndarray
+    selection: Selection
+    model: Classifier
+
+
+def _prepare(recipe: Recipe, checkpoint: Path, split: str, device: torch.device) -> _Prepared:
     tree = Taxonomy.from_json(files.read_json(checkpoint / files.TAXONOMY))
     preprocessing = Preprocessing.from_json(files.read_json(checkpoint / files.PREPROCESSING))
-    datasets = everywhere(engine, lambda: open_datasets(recipe))
+    datasets = open_datasets(recipe)
     _check_tree(datasets.tree, tree, checkpoint, recipe.data.path)
     selection = _select(split, datasets)
-    model = build_model(recipe, tree, weights="none").to(engine.device)
-    everywhere(engine, lambda: load_model(model, checkpoint, tree.to_json()))
+    model = build_model(recipe, tree, weights="none").to(device)
+    load_model(model, checkpoint, tree.to_json())
+    return _Prepared(tree, preprocessing, tree.targets_from(datasets.index.taxonomy), selection, model)
+
+
+def _evaluate(engine: Engine, recipe: Recipe, checkpoint: Path, split: str, out: Path) -> None:
+    """Collective."""
+    ready = everywhere(engine, lambda: _prepare(recipe, checkpoint, split, engine.device))
     loader = evaluation_batches(
-        selection,
-        preprocessing,
+        ready.selection,
+        ready.preprocessing,
         recipe.evaluation.batch_size,
         rank=engine.rank,
         world=engine.world,
@@ -70,28 +92,35 @@ def _evaluate(engine: Engine, recipe: Recipe, checkpoint: Path, split: str, out:
         num_workers=num_workers_of(recipe, engine.ranks.local_world),
     )
     result = evaluate(
-        engine, model, loader, tree.targets_from(datasets.index.taxonomy),
-        mean=preprocessing.mean, std=preprocessing.std, num_levels=tree.num_levels,
-    )  # fmt: skip
+        engine,
+        ready.model,
+        loader,
+        ready.targets,
+        mean=ready.preprocessing.mean,
+        std=ready.preprocessing.std,
+        num_levels=ready.tree.num_levels,
+    )
+    on_main(engine, lambda: _write(ready, result, recipe, checkpoint, split, out))
 
-    def write() -> None:
-        manifest = read_manifest(checkpoint)
-        found = results.write(
-            out,
-            result,
-            tree,
-            split=split,
-            expected=selection.num_samples,
-            weights=str(manifest.get("weights", "raw")),
-            step=manifest["step"],
-            protocol=recipe.evaluation.protocol,
-            seed=recipe.seed,
-            split_hash=selection.describe()["sha256"],
-        )
-        log.info("%s", results.headline(found))
-        log.info("written to %s", out / f"{split}.json")
 
-    on_main(engine, write)
+def _write(
+    ready: _Prepared, result: Evaluated, recipe: Recipe, checkpoint: Path, split: str, out: Path
+) -> None:
+    manifest = read_manifest(checkpoint)
+    found = results.write(
+        out,
+        result,
+        ready.tree,
+        split=split,
+        expected=ready.selection.num_samples,
+        weights=str(manifest.get("weights", "raw")),
+        step=manifest["step"],
+        protocol=recipe.evaluation.protocol,
+        seed=recipe.seed,
+        split_hash=ready.selection.describe()["sha256"],
+    )
+    log.info("%s", results.headline(found))
+    log.info("written to %s", out / f"{split}.json")
 
 
 def _check_tree(found: Taxonomy, wanted: Taxonomy, checkpoint: Path, data_path: str) -> None:

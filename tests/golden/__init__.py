@@ -1,0 +1,1 @@
+"""Losses that a refactoring must not change; `python -m tests.golden` records them for this torch and CPU."""
