@@ -31,7 +31,7 @@ _NAMES = {Mix.NONE: "none", Mix.MIXUP: "mixup", Mix.CUTMIX: "cutmix"}
 
 
 class _Draw(IntEnum):
-    """Each has its own stream, so that a pair's numbers do not depend on how many pairs there are."""
+    """Each has its own stream, so that a pair's numbers do not depend on how many pairs come after it."""
 
     WHICH = 0
     MIXUP = 1
@@ -109,14 +109,11 @@ def mix_plan(seed: int, epoch: int, step: int, num_slots: int, size: int, mixing
     kind = _kinds(mixing, num_pairs, stream(_Draw.WHICH))
     lam = np.ones(num_pairs)
     box = np.zeros((num_pairs, 4), np.int32)
-    if mixing.mixup_alpha > 0:
-        drawn = stream(_Draw.MIXUP).beta(mixing.mixup_alpha, mixing.mixup_alpha, num_pairs)
-        lam = np.where(kind == Mix.MIXUP, drawn, lam)
-    if mixing.cutmix_alpha > 0:
-        drawn = stream(_Draw.CUTMIX).beta(mixing.cutmix_alpha, mixing.cutmix_alpha, num_pairs)
-        boxes, kept = _boxes(drawn, stream(_Draw.CENTRE).random((num_pairs, 2)), size)
-        cut = kind == Mix.CUTMIX
-        lam, box = np.where(cut, kept, lam), np.where(cut[:, None], boxes, box)
+    if (blended := np.flatnonzero(kind == Mix.MIXUP)).size:
+        lam[blended] = stream(_Draw.MIXUP).beta(mixing.mixup_alpha, mixing.mixup_alpha, blended.size)
+    if (cut := np.flatnonzero(kind == Mix.CUTMIX)).size:
+        drawn = stream(_Draw.CUTMIX).beta(mixing.cutmix_alpha, mixing.cutmix_alpha, cut.size)
+        box[cut], lam[cut] = _boxes(drawn, stream(_Draw.CENTRE).random((cut.size, 2)), size)
     return MixPlan(
         _per_slot(kind.astype(np.int8), num_slots, Mix.NONE),
         _per_slot(lam.astype(np.float32), num_slots, 1),
