@@ -63,6 +63,14 @@ def test_missing_evaluation_is_said_and_same_names_are_told_apart(runs: list[Pat
     assert rows["test"][1] == "not evaluated" and rows["accuracy, species"][1] == "–"
 
 
+def test_unreadable_recipe_hides_no_difference_of_the_others(runs: list[Path], tmp_path: Path) -> None:
+    odd = shutil.copytree(runs[0], tmp_path / "odd")
+    (odd / "recipe.yaml").write_text("nothing: known\n")
+    rows = _rows([*runs[:2], odd])
+    assert rows["optimizer.lr"] == ["0.0001", "0.0003", "–"] and "model.backbone" not in rows
+    assert rows["recipe"][2].startswith("not readable")
+
+
 def test_text_is_aligned_and_markdown_is_a_table(runs: list[Path]) -> None:
     table = compare(runs)
     lines = as_text(table).splitlines()
@@ -81,7 +89,7 @@ def test_commands(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     register(parser.add_subparsers())
     arguments = parser.parse_args(["compare", *map(str, runs), "--markdown"])
-    assert arguments.run(arguments) == 0 and "| better |" in capsys.readouterr().out
+    assert arguments.function(arguments) == 0 and "| better |" in capsys.readouterr().out
     arguments = parser.parse_args(["report", str(runs[0])])
-    assert arguments.run(arguments) == 0
+    assert arguments.function(arguments) == 0
     assert Path(capsys.readouterr().out.strip()) == runs[0] / "report" / "index.html"

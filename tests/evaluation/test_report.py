@@ -147,6 +147,7 @@ def test_names_cannot_become_markup(tmp_path: Path, index: DatasetIndex) -> None
     tree = index.taxonomy
     species = tuple(f"{evil} {number}" for number in range(30))
     levels = (*tree.levels[:-1], "<em>species</em>")
+    shutil.rmtree(run / "checkpoints")
     write_checkpoint(run, Taxonomy(levels, (*tree.names[:-1], species), tree.parents))
     summary = json.loads((run / "evaluation/test.json").read_text())
     summary["levels"] = dict(zip(levels, summary["levels"].values(), strict=True))
@@ -165,7 +166,7 @@ def test_names_cannot_become_markup(tmp_path: Path, index: DatasetIndex) -> None
         ("evaluation", "There is no final evaluation yet"),
         ("metrics.jsonl", "metrics.jsonl has no training step, so there are no curves."),
         ("environment.json", "environment.json is missing."),
-        ("exit.json", "No end recorded"),
+        ("exit.json", "Trained for 480 steps, 12 epochs, and evaluated."),
         ("splits", "test (hash not recorded)"),
         ("checkpoints", "no checkpoint of the run holds its class tree"),
         ("recipe.yaml", "recipe.yaml is missing."),

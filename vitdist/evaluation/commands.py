@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def register(subparsers: Subparsers) -> None:
-    """Add both commands; each sets `run`, a function from the parsed arguments to an exit code."""
+    """Add both commands; each sets `function`, one from the parsed arguments to an exit code."""
     report = subparsers.add_parser("report", help="(re)build the report of a run", description=_report.__doc__)
     report.add_argument("run_dir", metavar="RUN", type=Path, help="a run folder, as runs/NAME")
     report.set_defaults(function=_report)

@@ -23,12 +23,13 @@ def compare(paths: Sequence[Path], split: str = "test") -> list[list[str]]:
     rows = [["", *_names(runs)], [split, *(_coverage(evaluation) for evaluation in evaluations)]]
     rows += _accuracies(evaluations)
     rows += _conditions(runs)
-    rows += [[key, *(_shown(run.recipe.get(key)) for run in runs)] for key in differing(runs)]
+    rows += [[key, *(_shown(run, key) for run in runs)] for key in differing(runs)]
     return [row for row in rows if row[0] == "" or any(cell != "–" for cell in row[1:])]
 
 
 def differing(runs: Sequence[RunFolder]) -> list[str]:
-    """The recipe keys on which the runs do not agree, in the recipe's order."""
+    """The recipe keys on which the runs with a readable recipe do not agree, in the recipe's order."""
+    runs = [run for run in runs if run.recipe]
     keys = dict.fromkeys(key for run in runs for key in run.recipe)
     return [
         key
@@ -102,11 +103,15 @@ def _conditions(runs: Sequence[RunFolder]) -> list[list[str]]:
         ["selected on test", *("yes" if run.recipe.get("evaluation.protocol") == "paper" else "–" for run in runs)],
         ["steps", *(f"{run.training_lines[-1]['step']:,}" if run.training_lines else "–" for run in runs)],
         ["time in steps", *("–" if seconds is None else duration(seconds) for seconds in times)],
+        ["recipe", *("–" if run.recipe else "not readable by this vitdist" for run in runs)],
         ["end", *(str(run.end.get("reason", "–")) for run in runs)],
     ]
 
 
-def _shown(value: Any) -> str:
+def _shown(run: RunFolder, key: str) -> str:
+    value = run.recipe.get(key)
+    if not run.recipe:
+        return "–"
     if isinstance(value, float):
         return f"{value:g}"
     return "null" if value is None else str(value)

@@ -77,6 +77,7 @@ def _page(run: RunFolder, folder: Path) -> str:
         main=main,
         heads=[sections.headline(evaluation) for evaluation in run.evaluations],
         remarks=sections.remarks(main) if main else [],
+        ending=sections.ending(run),
         facts=sections.facts(run, main),
         protocol=run.recipe.get("evaluation.protocol"),
         protocol_words=sections.PROTOCOLS.get(str(run.recipe.get("evaluation.protocol")), ""),

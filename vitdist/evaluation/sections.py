@@ -43,6 +43,15 @@ def pretraining(run: RunFolder) -> str:
     return f"{backbone if weights == 'pretrained' else f'{backbone} from {weights}'}{mark}"
 
 
+def ending(run: RunFolder) -> str:
+    """How the run ended, as far as it is known: a report made by the run itself comes before its exit.json."""
+    if run.end:
+        return f"Ended: {run.end.get('reason', 'unknown')} at step {run.end.get('step', 'unknown')}."
+    if run.evaluations:
+        return f"Trained for {_length(run)}, and evaluated."
+    return "No end recorded: the run is going on, or was cut off."
+
+
 def facts(run: RunFolder, evaluation: Evaluation | None) -> list[tuple[str, str]]:
     """What a number needs beside it: (name, value)."""
     recipe = run.recipe
@@ -121,9 +130,7 @@ def remarks(evaluation: Evaluation) -> list[str]:
         )
     ties = (summary.get("near_ties") or {}).get("count")
     if ties:
-        lines.append(
-            f"{ties:,} samples are near ties (best two within 1e-5): other devices may answer them differently."
-        )
+        lines.append(f"Near ties (best two classes within 1e-5), which other devices may answer differently: {ties:,}.")
     return lines
 
 
