@@ -8,7 +8,6 @@ import logging
 import pytest
 from rich.console import Console
 
-from vitdist import progress
 from vitdist.progress import Progress, duration
 
 
@@ -21,7 +20,7 @@ def test_log_line_says_all_and_comes_every_ten_seconds(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("vitdist.progress.time.monotonic", lambda: clock[0])
     caplog.set_level(logging.INFO)
     shown = Progress(100, start=40, interactive=False)
     for step in range(41, 101):
@@ -56,7 +55,7 @@ def test_time_of_an_evaluation_is_not_in_the_time_left(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("vitdist.progress.time.monotonic", lambda: clock[0])
     caplog.set_level(logging.INFO)
     shown = Progress(100, interactive=False)
     for step in range(1, 31):

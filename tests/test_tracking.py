@@ -128,7 +128,7 @@ def test_offline_run_holds_every_line_on_its_own_axis(tmp_path: Path, caplog: py
     longest = _train(tracker, 2000)
     tracker.summary({"test/accuracy/species": 0.875})
     tracker.finish()
-    assert longest < 0.25 and tracker.num_dropped == 0
+    assert longest < 0.5 and tracker.num_dropped == 0
     history = _history(tmp_path)
     assert [line["step"] for line in history] == list(range(1, 2001))
     assert history[6]["train/loss"] == 1 / 7
@@ -165,7 +165,7 @@ def test_online_without_an_answer_goes_offline(
         tracker = WandbTracker("online", tmp_path, init_seconds=4.0)
         process = _processes(tracker)
         assert time.monotonic() - start < 1.0
-        assert _train(tracker, 300) < 0.25
+        assert _train(tracker, 300) < 0.5
         tracker.finish(timeout=25)
     assert time.monotonic() - start < 20
     assert tracker.state == "offline" and _gone(process)
@@ -199,7 +199,7 @@ def test_frozen_process_never_holds_the_training_up(
     tracker = WandbTracker("offline", tmp_path)
     process = _processes(tracker)
     os.kill(process, signal.SIGSTOP)
-    assert _train(tracker, 5000) < 0.25
+    assert _train(tracker, 5000) < 0.5
     assert tracker.num_dropped > 0
     start = time.monotonic()
     tracker.finish(timeout=2)
