@@ -118,6 +118,7 @@ def _write(
         protocol=recipe.evaluation.protocol,
         seed=recipe.seed,
         split_hash=ready.selection.describe()["sha256"],
+        data_path=recipe.data.path,
     )
     log.info("%s", results.headline(found))
     log.info("written to %s", out / f"{split}.json")

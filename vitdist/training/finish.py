@@ -70,6 +70,7 @@ def _test(job: Job) -> None:
         protocol=job.recipe.evaluation.protocol,
         seed=job.recipe.seed,
         split_hash=selection.describe()["sha256"],
+        data_path=str(job.datasets.index.root),
     )
     log.info("%s", results.headline(found))
     job.journal.summary({f"test/accuracy/{name}": level["accuracy"] for name, level in found["levels"].items()})

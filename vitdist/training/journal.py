@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vitdist.data.loader import Batch
+from vitdist.errors import Stopped
 from vitdist.metrics_log import MetricsLog
 from vitdist.progress import Progress
 from vitdist.tracking import WandbTracker
@@ -94,7 +95,8 @@ class Journal:
         if self._samples is not None:
             self._samples.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code)
+            # a launcher that asked us to stop kills us after 30 s: its copy must not take them
+            self._wandb.finish(timeout=5.0 if exit_code == Stopped.exit_code else 30.0, exit_code=exit_code)
 
 
 def cut_samples(run_dir: Path, step: int) -> None:

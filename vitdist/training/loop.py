@@ -100,6 +100,7 @@ def _settle(job: Job, pending: Pending | None, seconds: float) -> Report | None:
             "grad_norm": report.grad_norm,
             "data_wait": report.data_wait,
             "images_per_second": job.plan.global_batch_size / max(seconds, 1e-9),
+            **({"damaged": job.num_damaged + report.num_damaged} if job.num_damaged + report.num_damaged else {}),
             **({"inexact": True} if job.state.inexact else {}),
         }
     )
