@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -43,7 +43,8 @@ def discover(environment: Mapping[str, str] = os.environ) -> Ranks:
                 f"{', '.join(present)} set but {', '.join(missing)} missing; start with torchrun, accelerate launch or "
                 f"srun, or unset {'it' if len(present) == 1 else 'them'} for a single process"
             )
-        return _from_torchrun(environment) if not missing else SINGLE
+        if not missing:
+            return _from_torchrun(environment)
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return _from_srun(environment)
     return SINGLE
@@ -93,10 +94,8 @@ def export(ranks: Ranks, environment: MutableMapping[str, str] = os.environ) -> 
 
 
 def _first_host(nodelist: str) -> str:
-    if "[" not in nodelist and "," not in nodelist:
-        return nodelist
-    command = ["scontrol", "show", "hostnames", nodelist]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UsageError(f"cannot expand the node list {nodelist!r}: {error}; set MASTER_ADDR to the first host") from None
+    """The first host of Slurm's short form: node1 of node[1-4,7],extra. Not by scontrol: containers have none."""
+    match = re.match(r"(?:[^,\[\]]|\[[^\[\]]*\])+", nodelist)
+    if match is None:
+        raise UsageError(f"cannot read the node list {nodelist!r}; set MASTER_ADDR to the first host")
+    return re.sub(r"\[([^],-]*)[^\]]*\]", r"\1", match[0])
