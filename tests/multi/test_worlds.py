@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from tests import launching
 from tests.conftest import Recipes
+from vitdist.data.index import DatasetIndex
 from vitdist.metrics_log import read_metrics
 
 
@@ -104,3 +106,35 @@ def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
         "train: {max_duration: 12steps, global_batch_size: 24}\nevaluation: {every: 6steps}\n"
     )
     return train(1, recipe, "run", folder)
+
+
+def test_a_damaged_test_sample_shows_beside_every_number(trained: Path, tiny: DatasetIndex, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny.root, copy)
+    row = tiny.split("test").samples[17]
+    with (copy / tiny.split("test").shards[int(row["shard"])].path).open("r+b") as file:
+        file.seek(int(row["offset"]) + 5)
+        file.write(b"\0\0\0")
+    codes, output = launching.run(2, ["evaluate", str(trained), "--out", "found", f"data.path={copy}"], tmp_path)
+    assert codes == [0, 0], output
+    found = json.loads((tmp_path / "found" / "test.json").read_text())
+    assert (found["count"], found["expected"]) == (199, 200)
+    assert "199 of 200 evaluated" in output
+    assert len(found["damaged"]) == 1 and "checksum" in found["damaged"][0]
+
+
+def test_early_stopping_best_and_average_agree_on_all_ranks(tiny_recipe: Recipes, tmp_path: Path) -> None:
+    recipe = tiny_recipe(
+        ema={"decay": 0.9},
+        early_stopping={"monitor": "val/loss", "patience": 2, "min_delta": 100.0},
+        evaluation={"every": "2steps"},
+    )
+    run = train(3, recipe, "run", tmp_path)  # ranks that disagreed would wait for each other for ever
+    assert len(losses(run)) == 6, "the first evaluation sets the mark, the next two do not reach it"
+    best = json.loads((run / "evaluation" / "test.json").read_text())["step"]
+    accuracies = {
+        line["step"]: line["val/accuracy/species"]
+        for line in read_metrics(run / "metrics.jsonl")
+        if "val/count" in line
+    }
+    assert best == min(step for step, value in accuracies.items() if value == max(accuracies.values()))
