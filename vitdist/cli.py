@@ -60,7 +60,8 @@ def _fail(error: Exception, *, debug: bool) -> int:
         for line in lines(failure):
             print(line if isinstance(failure, RecipeError) else f"vitdist: {line}", file=sys.stderr)
         if failure.exit_code == 1:
-            print("vitdist: this is a bug; --debug shows where", file=sys.stderr)
+            place = f"{failure.log} has its traceback" if failure.log is not None else "--debug shows where"
+            print(f"vitdist: this is a bug; {place}", file=sys.stderr)
     return failure.exit_code
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class VitdistError(Exception):
@@ -10,6 +11,7 @@ class VitdistError(Exception):
 
     exit_code = 1
     spoken_elsewhere = False  # another rank prints it
+    log: Path | None = None  # where a bug's traceback stands
 
 
 class UsageError(VitdistError):
@@ -50,6 +52,10 @@ class LostError(VitdistError):
     """A peer, the network or a device went away."""
 
     exit_code = 6
+
+
+class OwnLoss(LostError):
+    """Something of this rank alone went away: a loader worker, or the lock on the run's folder. No peer is to blame."""
 
 
 class ResourceError(VitdistError):

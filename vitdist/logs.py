@@ -35,3 +35,13 @@ def start(run_dir: Path | None, rank: int) -> Path | None:
     file.setFormatter(logging.Formatter(_FORMAT))
     logger.addHandler(file)
     return path
+
+
+def only_to_file(logger: logging.Logger, message: str, error: BaseException) -> None:
+    """A traceback for whoever looks for it; the terminal shows one line instead."""
+    record = logger.makeRecord(
+        logger.name, logging.ERROR, __file__, 0, message, (), (type(error), error, error.__traceback__)
+    )
+    for handler in logging.getLogger("vitdist").handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)

@@ -7,24 +7,28 @@ instant after the first publication at least one checkpoint that verifies is on 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
+import logging
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitdist.checkpoint.manifest import MANIFEST, is_plain_file, read_manifest, seal, sync_folder, verify
 from vitdist.errors import CheckpointError
 
 FOLDER = "checkpoints"
-MANIFEST = "manifest.json"
-FORMAT = 1
-_NAME = re.compile(r"step_(\d{8,})")
-_MAX_MANIFEST = 1 << 20
+RUN_ID = ".run"
+_NAME = re.compile(r"step_(\d{8,12})")
+_STAGE = ".stage_"
+_ASIDE = "aside_"
+_MAX_POINTER = 256
 Mark = Callable[[str], None]
+
+log = logging.getLogger(__name__)
 
 
 def _nowhere(phase: str) -> None:
@@ -33,10 +37,14 @@ def _nowhere(phase: str) -> None:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest `keep_last`, the `keep_best` best by monitor, and what `last` and `best` name."""
+    """Which checkpoints stay: the newest `keep_last`, the `keep_best` best by monitor, every `keep_every` steps.
+
+    What `last` and `best` name stays too.
+    """
 
     keep_last: int
     keep_best: int
+    keep_every: int | None = None
 
 
 class Store:
@@ -44,38 +52,54 @@ class Store:
 
     def __init__(self, run_dir: Path, *, mark: Mark = _nowhere) -> None:
         self.folder = run_dir / FOLDER
-        self._mark = mark
+        self.mark = mark
+
+    def path_of(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
 
     def publish(self, step: int, write: Callable[[Path], dict[str, Any]], *, may: Callable[[], None]) -> Path:
         """Write a checkpoint through `write(stage)`, which returns what the manifest says of it, and make it `last`.
 
         `may` is called right before the rename and raises when this process must not publish any more (a lost lock).
         """
-        final = self.folder / f"step_{step:08d}"
-        stage = self.folder / f".stage_{step:08d}"
+        final = self.path_of(step)
+        stage = self.folder / f"{_STAGE}{step:08d}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.sweep()
         stage.mkdir()
         try:
             about = write(stage)
-            self._mark("before-manifest")
-            _seal(stage, step, about)
+            self.mark("before-manifest")
+            seal(stage, step, {"run": self._run_id(), **about})
             problems = verify(stage, step=step)
             if problems:
-                raise CheckpointError(f"{final} did not read back as written: {problems[0]}")
-            self._mark("before-publish")
+                raise CheckpointError(f"{final} did not read back as written: {problems[0]}; is the disk sound?")
+            self.mark("before-publish")
             may()
-            _replace_folder(stage, final)
+            self._take_place(stage, final)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             raise
-        self._mark("before-pointer")
+        self.mark("before-pointer")
         self.point("last", final)
         return final
 
+    def _take_place(self, stage: Path, final: Path) -> None:
+        """Rename into place. What verifies is never replaced: there would be an instant without it."""
+        if final.exists():
+            if verify(final):
+                self._set_aside(final)
+            elif read_manifest(final)["files"] == read_manifest(stage)["files"]:
+                shutil.rmtree(stage)
+                return
+            else:
+                raise CheckpointError(f"{final} verifies and is another than the one to publish; move it away")
+        os.rename(stage, final)
+        sync_folder(self.folder)
+
     def sweep(self) -> None:
-        """Remove what an interrupted publication left behind."""
-        for leftover in self.folder.glob(".stage_*"):
+        """Remove what an interrupted publication or removal left behind."""
+        for leftover in self.folder.glob(f"{_STAGE}*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def point(self, name: str, target: Path) -> None:
@@ -88,14 +112,19 @@ class Store:
         except OSError:  # file systems without links
             draft.write_text(target.name + "\n")
         os.replace(draft, self.folder / name)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def pointed(self, name: str) -> Path | None:
         """The checkpoint a pointer names, if it is there."""
         pointer = self.folder / name
         try:
-            text = os.readlink(pointer) if pointer.is_symlink() else pointer.read_text().strip()
-        except OSError:
+            if pointer.is_symlink():
+                text = os.readlink(pointer)
+            elif is_plain_file(pointer) and pointer.stat().st_size <= _MAX_POINTER:
+                text = pointer.read_text(encoding="utf-8").strip()
+            else:
+                return None
+        except (OSError, ValueError):
             return None
         target = self.folder / text
         return target if _NAME.fullmatch(text) and target.is_dir() else None
@@ -117,67 +146,70 @@ class Store:
             notes.append(f"{path}: {problems[0]}; passed over")
         return None, notes
 
+    def rewind(self, step: int) -> list[str]:
+        """Going on from `step`: later checkpoints (damaged, or of a future given up) are set aside, not deleted.
+
+        Otherwise they would be taken for this run's newest after the next stop. Returns a line for each.
+        """
+        later = [path for number, path in self.published() if number > step]
+        notes = [f"{path} lies beyond step {step} and was set aside as {self._set_aside(path).name}" for path in later]
+        if self.path_of(step).is_dir() and self.pointed("last") != self.path_of(step):
+            self.point("last", self.path_of(step))
+        return notes
+
+    def _set_aside(self, path: Path) -> Path:
+        number = 1
+        while (target := path.with_name(f"{_ASIDE}{path.name}.{number}")).exists():
+            number += 1
+        os.rename(path, target)
+        return target
+
     def prune(self, retention: Retention, value_of: dict[int, float]) -> None:
-        """Delete what retention does not keep. `value_of`: step -> how good (higher is better). A failed delete is left."""
+        """Delete what retention does not keep. `value_of`: step -> how good (higher is better). Failing is no failure."""
         published = self.published()
         keep = {step for step, _ in published[-max(1, retention.keep_last) :]}
         ranked = sorted((s for s, _ in published if s in value_of), key=lambda s: (value_of[s], s), reverse=True)
         keep.update(ranked[: retention.keep_best])
+        if retention.keep_every is not None:
+            keep.update(step for step, _ in published if step % retention.keep_every == 0)
         pointed = {self.pointed("last"), self.pointed("best")}
         for step, path in published:
-            if step not in keep and path not in pointed and (path / MANIFEST).is_file():
-                self._mark("while-pruning")
-                shutil.rmtree(path, ignore_errors=True)
+            if step not in keep and path not in pointed and self._is_ours(path):
+                self._remove(path)
 
+    def _remove(self, path: Path) -> None:
+        """Under a stage's name first: a half-deleted folder is no checkpoint, and the next sweep ends the work."""
+        gone = path.with_name(f"{_STAGE}gone_{path.name}")
+        try:
+            os.rename(path, gone)
+        except OSError as error:
+            log.warning("%s could not be deleted: %s", path, error.strerror)
+            return
+        self.mark("while-pruning")
+        shutil.rmtree(gone, ignore_errors=True)
 
-def verify(path: Path, *, step: int | None = None) -> list[str]:
-    """What is wrong with a checkpoint folder, one line each; empty when every byte is what its manifest says."""
-    try:
-        manifest = read_manifest(path)
-    except CheckpointError as error:
-        return [str(error)]
-    if step is not None and manifest["step"] != step:
-        return [f"its manifest says step {manifest['step']}"]
-    listed: dict[str, Any] = manifest["files"]
-    present = {entry.name for entry in path.iterdir()} - {MANIFEST}
-    problems = [f"{name} is missing" for name in sorted(set(listed) - present)]
-    problems += [f"{name} is not in the manifest" for name in sorted(present - set(listed))]
-    for name in sorted(set(listed) & present):
-        problems += _check_file(path / name, listed[name])
-    return problems
+    def _is_ours(self, path: Path) -> bool:
+        """Whether this run wrote it: nothing of another run is ever deleted."""
+        try:
+            return bool(read_manifest(path).get("run") == self._run_id())
+        except CheckpointError:
+            return False
 
-
-def _check_file(path: Path, said: Any) -> list[str]:
-    if path.is_symlink() or not path.is_file():
-        return [f"{path.name} is not a plain file"]
-    if not isinstance(said, dict) or path.stat().st_size != said.get("bytes"):
-        return [f"{path.name} is {path.stat().st_size} bytes long, not as written"]
-    try:
-        return [] if file_hash(path) == said.get("sha256") else [f"{path.name} has changed since it was written"]
-    except OSError as error:
-        return [f"{path.name} cannot be read: {error.strerror}"]
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder; CheckpointError when it is none."""
-    file = path / MANIFEST
-    try:
-        if file.stat().st_size > _MAX_MANIFEST:
-            raise CheckpointError(f"{file} is too large to be a manifest")
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("files"), dict):
-        raise CheckpointError(f"{file} is not a manifest of format {FORMAT}")
-    if type(data.get("step")) is not int:
-        raise CheckpointError(f"{file} says no step")
-    if any("/" in name or name.startswith(".") for name in data["files"]):
-        raise CheckpointError(f"{file} names a file outside its folder")
-    return data
+    def _run_id(self) -> str:
+        """The name that this folder's checkpoints carry; made at the first one."""
+        file = self.folder / RUN_ID
+        try:
+            return file.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            name = uuid.uuid4().hex
+            draft = file.with_name(f"{RUN_ID}.draft")
+            draft.write_text(name + "\n", encoding="utf-8")
+            os.replace(draft, file)
+            return name
 
 
 def find_checkpoint(path: Path, *, prefer: tuple[str, ...] = ("best", "last")) -> Path:
-    """The checkpoint that a run folder or checkpoint folder stands for: a run means its best, else its newest that verifies."""
+    """The checkpoint that a folder stands for: itself, or a run's best, else the run's newest that verifies."""
     path = Path(path)
     if (path / MANIFEST).is_file():
         problems = verify(path)
@@ -197,50 +229,4 @@ def find_checkpoint(path: Path, *, prefer: tuple[str, ...] = ("best", "last")) -
     return newest
 
 
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:  # Python 3.10 has no file_digest
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _seal(stage: Path, step: int, about: dict[str, Any]) -> None:
-    """Flush every file, then write the manifest that vouches for them."""
-    files = {}
-    for file in sorted(stage.iterdir()):
-        _sync_file(file)
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": file_hash(file)}
-    manifest = stage / MANIFEST
-    manifest.write_text(json.dumps({"format": FORMAT, "step": step, **about, "files": files}, indent=1) + "\n")
-    _sync_file(manifest)
-    _sync_folder(stage)
-
-
-def _replace_folder(stage: Path, final: Path) -> None:
-    """Rename into place. A folder of that name is an older try at the same step: it goes aside first, then away."""
-    aside = None
-    if final.exists():
-        aside = final.with_name(f".stage_old_{final.name}")
-        os.rename(final, aside)
-    os.rename(stage, final)
-    _sync_folder(final.parent)
-    if aside is not None:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+__all__ = ["FOLDER", "MANIFEST", "Retention", "Store", "find_checkpoint", "read_manifest", "verify"]

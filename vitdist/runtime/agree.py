@@ -59,5 +59,3 @@ def everywhere(engine: Engine, work: Callable[[], Any]) -> Any:
     if failure is not None and rank == engine.rank:
         raise failure
     raise FailedElsewhere(code, rank, text)
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
@@ -22,7 +22,6 @@ from vitdist.runtime import rng
 from vitdist.runtime.ranks import Ranks, export
 
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16"}
-_FAILURE_KEY = "vitdist/failure"
 
 
 class Engine:
@@ -138,6 +137,22 @@ class Engine:
         joined = self.gather(text).tobytes()
         return [json.loads(joined[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
+    def tensors_from_main(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Rank 0's tensors on every rank, in host memory; what the others give is not looked at. Collective."""
+        names = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()]
+        found = {}
+        for name, shape, dtype in self.from_main(names):
+            tensor = tensors[name] if self.is_main else torch.empty(shape, dtype=getattr(torch, dtype))
+            found[name] = self._from_main(tensor)
+        return found
+
+    def _from_main(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.world == 1:
+            return tensor
+        there = tensor.to(self.device).contiguous()
+        dist.broadcast(there, 0)
+        return there.cpu()
+
     def from_main(self, value: Any) -> Any:
         """Rank 0's JSON value on every rank: one decides, all agree. Collective."""
         return self.gather_json(value if self.is_main else None)[0]
@@ -147,20 +162,14 @@ class Engine:
         if self.world > 1:
             self.sum(np.zeros(1))
 
-    # ---- failing
+    # ---- the end
 
-    def announce_failure(self, code: int, message: str) -> None:
-        """Leave word for the other ranks, which will find a closed connection: the first failure wins. Not collective."""
-        with contextlib.suppress(RuntimeError, ValueError):  # the store may already be gone with its owner
-            _store().compare_set(_FAILURE_KEY, "", json.dumps({"code": code, "rank": self.rank, "message": message}))
-
-    def heard_failure(self) -> dict[str, Any] | None:
-        """What another rank said before it failed. Not collective."""
-        with contextlib.suppress(RuntimeError, ValueError):
-            if self.world > 1 and _store().check([_FAILURE_KEY]):
-                said: dict[str, Any] = json.loads(_store().get(_FAILURE_KEY))
-                return said
-        return None
+    def set_timeout(self, seconds: float) -> None:
+        """How long a collective waits for the other ranks from now on. Not collective."""
+        if self.world > 1:
+            dist.set_timeout(timedelta(seconds=seconds), None) if hasattr(dist, "set_timeout") else _old_timeout(
+                seconds
+            )
 
     def close(self) -> None:
         """Leave the process group."""
@@ -190,8 +199,6 @@ class PendingSum:
             self._work.wait()
         values: list[float] = self._tensor.tolist()
         return values
-
-
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -240,5 +247,6 @@ def _make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()
+def _old_timeout(seconds: float) -> None:
+    """Before torch 2.14 the same function had a private name."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))

@@ -9,7 +9,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vitdist.errors import LostError, ResourceError, Stopped, VitdistError, lines
+from vitdist.errors import LostError, OwnLoss, ResourceError, Stopped, VitdistError, lines
 
 EXIT_FILE = "exit.json"
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -46,6 +46,10 @@ def classify(error: BaseException) -> VitdistError:
         return ResourceError(f"out of memory: {_first_line(error)}; use a smaller train.micro_batch_size")
     if isinstance(error, OSError) and error.errno in _DISK:
         return ResourceError(f"no space left: {error.filename or error}; free some, then start again to resume")
+    if isinstance(error, RuntimeError) and "dataloader worker" in str(error).lower():
+        return OwnLoss(
+            f"a loader worker is gone: {_first_line(error)} (out of memory? data.num_workers); start again to resume"
+        )
     if _is_loss(error):
         return LostError(f"a peer or the network was lost: {_first_line(error)}; start again to resume")
     return VitdistError(f"internal error: {type(error).__name__}: {_first_line(error)}")

@@ -1,7 +1,8 @@
 """Failures on request, for tests: VITDIST_FAULT="kill:rank=1,step=17,phase=publish". Inert without the variable.
 
 Several faults are separated by ';'. Kinds: kill (SIGKILL to itself), stop (SIGSTOP), term (SIGTERM to itself),
-raise (RuntimeError), oserror (ENOSPC), nan (asked for by the loop, see `asked`). `attempt=N` limits a fault to the N-th
+raise (RuntimeError), oserror (ENOSPC), hang (this thread sleeps for ever), nan and cold (asked for, see `asked`: a NaN
+loss; no warm-up of DDP's buckets). `attempt=N` limits a fault to the N-th
 start of a run, so that a restarted job survives.
 """
 
@@ -10,12 +11,14 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from dataclasses import dataclass
 
 from vitdist.errors import UsageError
 
 VARIABLE = "VITDIST_FAULT"
-KINDS = {"kill", "stop", "term", "raise", "oserror", "nan"}
+KINDS = {"kill", "stop", "term", "raise", "oserror", "hang", "nan", "cold"}
+ASKED = {"nan", "cold"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,9 @@ def _parse_one(text: str) -> Fault:
     numbers = {key: int(fields[key]) for key in ("rank", "step", "attempt") if fields.get(key, "").isdigit()}
     unread = set(fields) - set(numbers) - {"phase"}
     if kind not in KINDS or unread or "phase" not in fields:
-        raise UsageError(f"{VARIABLE}: {text!r} does not read; write kind:rank=N,step=N,phase=NAME, kind one of {sorted(KINDS)}")
+        raise UsageError(
+            f"{VARIABLE}: {text!r} does not read; write kind:rank=N,step=N,phase=NAME, kind one of {sorted(KINDS)}"
+        )
     return Fault(kind, fields["phase"], numbers.get("rank"), numbers.get("step"), numbers.get("attempt"))
 
 
@@ -62,7 +67,7 @@ class Faults:
     def point(self, phase: str, step: int) -> None:
         """Fail here when a fault asks for it."""
         for fault in self._faults:
-            if fault.kind != "nan" and fault.matches(phase, self.rank, step, self.attempt):
+            if fault.kind not in ASKED and fault.matches(phase, self.rank, step, self.attempt):
                 _fail(fault)
 
     def asked(self, kind: str, phase: str, step: int) -> bool:
@@ -76,5 +81,7 @@ def _fail(fault: Fault) -> None:
         os.kill(os.getpid(), signals[fault.kind])
     elif fault.kind == "oserror":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), fault.phase)
+    elif fault.kind == "hang":
+        time.sleep(10**6)
     else:
         raise RuntimeError(f"{VARIABLE} asked for this failure at {fault.phase}")

@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from vitdist.errors import LostError, UsageError
+from vitdist.errors import OwnLoss, UsageError
 
 LOCK = ".lock"
 BEAT_SECONDS = 10.0
@@ -48,10 +48,13 @@ class RunLock:
         self._thread.start()
 
     def check(self) -> None:
-        """LostError when another writer has taken over; called before anything is published."""
+        """OwnLoss when another writer has taken over; called before anything is published."""
+        if not self.is_held():
+            raise OwnLoss(f"another process took over {self.path.parent}; this one publishes nothing more")
+
+    def is_held(self) -> bool:
         owner = self._read()
-        if not owner or owner.get("token") != self._token:
-            raise LostError(f"another process took over {self.path.parent}; this one publishes nothing more")
+        return owner is not None and owner.get("token") == self._token
 
     def release(self) -> None:
         self._stop.set()

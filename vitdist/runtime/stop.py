@@ -5,6 +5,9 @@ Nothing is saved inside a handler: doing so hangs or corrupts (Lightning issue 2
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import multiprocessing
 import os
 import signal
 import time
@@ -19,6 +22,8 @@ STOP_FILE = "STOP"
 # preemption may send SIGTERM twice within milliseconds; only a later one is a person (or a scheduler) losing patience
 IMPATIENT_AFTER = 5.0
 STOP_FILE_EVERY = 2.0
+LEAD = 60.0
+_PR_SET_PDEATHSIG = 1
 
 
 class Reason(IntEnum):
@@ -46,7 +51,7 @@ class StopFlag:
         self._signalled_at: float | None = None
         self._parent = os.getppid()
         self._next_look = 0.0
-        self.lead = 60.0  # seconds before the allocation's end at which we stop; the loop raises it with the save time
+        self.lead = LEAD  # seconds before the allocation's end at which we stop
 
     def install(self) -> None:
         """Take over the signals, in the main thread."""
@@ -59,7 +64,14 @@ class StopFlag:
         self._signalled_at = now if first is None else first
         again = first is not None and (number == signal.SIGINT or now - first > IMPATIENT_AFTER)
         if again and number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for child in multiprocessing.active_children():
+                child.kill()
             os._exit(Stopped.exit_code)
+
+    def leave_time_for(self, save_seconds: float) -> None:
+        """A save has taken so long: stop early enough before the allocation's end for two such."""
+        self.lead = max(self.lead, LEAD + 2 * save_seconds)
 
     def poll(self) -> Reason:
         """The most telling reason to stop that this rank sees."""
@@ -79,9 +91,11 @@ class StopFlag:
 
 
 def ignore_signals() -> None:
-    """For loader workers: the rank decides when they end."""
+    """For loader workers: the rank decides when they end; where the system can see to it, its own end is theirs too."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError, AttributeError):  # not Linux: workers notice within seconds by themselves
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _slurm_deadline() -> float | None:

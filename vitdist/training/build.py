@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from vitdist.checkpoint.saver import Saver
 from vitdist.checkpoint.store import Store
 from vitdist.metrics_log import MetricsLog, read_metrics
 from vitdist.progress import Progress
@@ -19,6 +20,7 @@ from vitdist.runtime.engine import Engine, set_threads
 from vitdist.runtime.faults import Faults
 from vitdist.runtime.lock import RunLock
 from vitdist.runtime.stop import StopFlag
+from vitdist.runtime.watch import Watch
 from vitdist.tracking import WandbTracker
 from vitdist.training import assemble, folder
 from vitdist.training.datasets import Datasets
@@ -48,6 +50,7 @@ def build_job(
     stop: StopFlag,
     faults: Faults,
     lock: RunLock | None,
+    watch: Watch,
     debug: bool,
     allow_inexact: bool,
 ) -> Job:
@@ -59,6 +62,7 @@ def build_job(
     model = everywhere(
         engine, lambda: assemble.build_model(recipe, datasets.tree, weights=None if checkpoint is None else "none")
     ).to(engine.device)
+    store = Store(Path(recipe.out), mark=lambda phase: faults.point(phase, job.state.step))
     job = Job(
         recipe=recipe,
         run_dir=Path(recipe.out),
@@ -76,8 +80,10 @@ def build_job(
         num_workers=assemble.num_workers_of(recipe, engine.ranks.local_world, debug=debug),
         stop=stop,
         faults=faults,
-        store=Store(Path(recipe.out), mark=lambda phase: faults.point(phase, job.state.step)),
+        watch=watch,
+        store=store,
         lock=lock,
+        saver=None if lock is None else Saver(store, may=lock.check),
     )
     if checkpoint is None:
         _begin(job)
@@ -101,12 +107,23 @@ def _go_on(job: Job, checkpoint: Path, allow_inexact: bool) -> None:
     """A later start: everything as the checkpoint has it. Collective."""
     job.ema = _average(job)
     rng.seed_everything(job.recipe.seed, job.engine.rank)
-    job.state = everywhere(job.engine, lambda: restore(job, checkpoint, allow_inexact=allow_inexact))
+    job.at("resume")
+    job.state = restore(job, checkpoint, allow_inexact=allow_inexact)
+    job.first_step = job.state.step + 1
     if job.state.world == job.engine.world:
         set_threads(job.engine.ranks, job.state.num_threads)
     job.state.world = job.engine.world
     job.num_damaged = job.state.num_damaged
+    if job.engine.is_main:
+        _point_back(job)
     log.info("resumed from step %d (%s)", job.state.step, checkpoint)
+
+
+def _point_back(job: Job) -> None:
+    """`best` names what was the best at the step that is gone on from, not what a given-up future found."""
+    best = job.state.best_step
+    if best is not None and job.store.path_of(best).is_dir() and job.store.pointed("best") != job.store.path_of(best):
+        job.store.point("best", job.store.path_of(best))
 
 
 def _average(job: Job) -> ModelEMA | None:
@@ -126,7 +143,8 @@ def _connect(job: Job) -> None:
     if recipe.train.compile:
         job.model.compile()
     job.wrapped = job.engine.prepare(job.model)
-    job.engine.warm_up(job.wrapped, job.preprocessing.image_size)
+    if not job.faults.asked("cold", "warm-up", 0):  # the tests' negative control
+        job.engine.warm_up(job.wrapped, job.preprocessing.image_size)
     job.journal = _open_journal(job)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from vitdist.data.loader import Batch
 from vitdist.evaluation.evaluate import Evaluated, evaluate
 from vitdist.training.assemble import direction_of, evaluation_batches, level_weights_of
 from vitdist.training.datasets import Selection
@@ -30,12 +32,20 @@ def measure(job: Job, selection: Selection) -> Evaluated:
         return evaluate(
             job.engine,
             job.model,
-            loader,
+            _watched(job, loader),
             job.datasets.targets,
             mean=job.preprocessing.mean,
             std=job.preprocessing.std,
             num_levels=job.datasets.tree.num_levels,
         )
+
+
+def _watched(job: Job, loader: Iterable[Batch]) -> Iterator[Batch]:
+    """Each batch of an evaluation is a sign of life."""
+    for batch in loader:
+        job.at("evaluation")
+        yield batch
+    job.at("evaluated")
 
 
 def evaluate_and_choose(job: Job) -> tuple[bool, bool]:

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vitdist.checkpoint.manifest import read_manifest
 from vitdist.checkpoint.store import Store, find_checkpoint
 from vitdist.errors import CheckpointError, UsageError, VitdistError
 from vitdist.recipe.changes import frozen_differences
@@ -49,9 +50,12 @@ def take(recipe: Recipe, lock: RunLock, *, resume: str, data_hash: str) -> Start
         if resume == "never" and (run_dir / RECIPE).exists():
             _set_aside(run_dir)
         notes: list[str] = []
-        checkpoint = _checkpoint(run_dir, resume, notes)
+        store = Store(run_dir)
+        checkpoint = _checkpoint(store, run_dir, resume, notes)
         if checkpoint is not None and resume in ("auto", "never"):
             _refuse_another(run_dir, recipe, data_hash)
+        if checkpoint is not None and checkpoint.parent.resolve() == store.folder.resolve():
+            notes += store.rewind(read_manifest(checkpoint)["step"])
         for leftover in (EXIT_FILE, STOP_FILE):
             (run_dir / leftover).unlink(missing_ok=True)
         write_text(run_dir / RECIPE, recipe.to_yaml())
@@ -72,11 +76,10 @@ def _set_aside(run_dir: Path) -> None:
             os.rename(entry, target / entry.name)
 
 
-def _checkpoint(run_dir: Path, resume: str, notes: list[str]) -> Path | None:
+def _checkpoint(store: Store, run_dir: Path, resume: str, notes: list[str]) -> Path | None:
     """Where to go on from: the newest that verifies, or the one asked for."""
     if resume not in ("auto", "never"):
         return find_checkpoint(Path(resume), prefer=("last",))
-    store = Store(run_dir)
     store.sweep()
     newest, passed_over = store.newest()
     notes += passed_over

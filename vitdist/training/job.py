@@ -12,19 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from vitdist.checkpoint import state as files
-from vitdist.checkpoint.store import Retention, Store, read_manifest
+from vitdist.checkpoint.manifest import read_manifest
+from vitdist.checkpoint.saver import Saver
+from vitdist.checkpoint.store import Retention, Store
 from vitdist.data.plan import TrainPlan
 from vitdist.data.shards import Damage
 from vitdist.data.transforms import Preprocessing
-from vitdist.errors import CheckpointError
+from vitdist.errors import CheckpointError, VitdistError
 from vitdist.models.classifier import Classifier
 from vitdist.recipe.batch import BatchSplit
 from vitdist.recipe.schema import Recipe
 from vitdist.runtime import rng
+from vitdist.runtime.agree import FailedElsewhere, everywhere, on_main
 from vitdist.runtime.engine import Engine
 from vitdist.runtime.faults import Faults
 from vitdist.runtime.lock import RunLock
 from vitdist.runtime.stop import StopFlag
+from vitdist.runtime.watch import Watch
 from vitdist.schedules import Schedule
 from vitdist.training.datasets import Datasets
 from vitdist.training.ema import ModelEMA
@@ -55,30 +59,62 @@ class Job:
     num_workers: int
     stop: StopFlag
     faults: Faults
+    watch: Watch
     store: Store
     lock: RunLock | None  # on rank 0
+    saver: Saver | None  # there too
     ema: ModelEMA | None = None
     guard: NonFiniteGuard = field(init=False)
     journal: Journal = field(init=False)
+    first_step: int = 1  # the first this start makes
     num_damaged: int = 0  # samples replaced so far, agreed by all ranks
     damaged_here: Counter[str] = field(default_factory=Counter)  # on this rank since the last save, by kind and shard
 
+    def at(self, phase: str, step: int | None = None) -> None:
+        """Pass a place of the program: the watch sees that this rank lives, and a fault may be asked for here."""
+        step = self.state.step if step is None else step
+        self.watch.at(phase, step)
+        self.faults.point(phase, step)
+
+    def arm(self) -> None:
+        """The first step is done: from now on a rank that lets the others wait for parallel.timeout counts as lost."""
+        seconds = self.recipe.parallel.timeout.seconds
+        self.engine.set_timeout(seconds)
+        self.watch.arm()
+
     def save(self) -> None:
-        """Publish a checkpoint of this step. Collective; only rank 0 writes, and the others do not wait for it."""
+        """Publish a checkpoint of this step. Collective; rank 0 writes in a thread, and the steps go on meanwhile.
+
+        A failure of the save before is raised here, on all ranks alike.
+        """
+        self.saved()
+        self.at("snapshot")
         snapshot = self._snapshot()
-        if snapshot is None or self.lock is None:
+        if snapshot is None or self.saver is None:
             return
-        self.store.publish(self.state.step, snapshot.write, may=self.lock.check)
-        if self.state.best_step == self.state.step:
-            self.point_best()
-        keep_best = 1 if self.recipe.checkpoint.keep_best else 0
-        values = {int(step): value for step, value in self.state.values.items()}
-        self.store.prune(Retention(self.recipe.checkpoint.keep_last, keep_best), values)
-        log.info("checkpoint of step %d published", self.state.step)
+        wish = self.recipe.checkpoint
+        self.saver.save(
+            snapshot,
+            is_best=self.state.best_step == self.state.step,
+            retention=Retention(wish.keep_last, 1 if wish.keep_best else 0),
+            values={int(step): value for step, value in self.state.values.items()},
+        )
+
+    def saved(self) -> None:
+        """Wait until what was handed to `save` is on disk. Collective: its failure is every rank's."""
+        self.at("saving" if self.saver is not None else "agreeing")
+        on_main(self.engine, self._wait_for_saver)
+        self.at("report")
+
+    def _wait_for_saver(self) -> None:
+        if self.saver is None:
+            return
+        self.saver.wait()
+        self.stop.leave_time_for(self.saver.seconds)
 
     def point_best(self) -> None:
         """Make `best` name this step's checkpoint, where it is published."""
-        folder = self.store.folder / f"step_{self.state.step:08d}"
+        folder = self.store.path_of(self.state.step)
         if folder.is_dir():
             self.store.point("best", folder)
 
@@ -123,12 +159,15 @@ class Job:
 
 def load_model(model: nn.Module, folder: Path, tree_json: Any) -> None:
     """Load model.safetensors strictly; CheckpointError when the checkpoint is of another tree or model."""
-    found = files.read_json(folder / files.TAXONOMY)
-    if found != tree_json:
+    _check_tree(files.read_json(folder / files.TAXONOMY), tree_json, folder)
+    _load_strictly(model, files.read_tensors(folder / files.MODEL), folder)
+
+
+def _check_tree(found: Any, wanted: Any, folder: Path) -> None:
+    if found != wanted:
         raise CheckpointError(
             f"{folder} was trained on another class tree; give out=... for a new run, or model.weights={folder} to start from it"
         )
-    _load_strictly(model, files.read_tensors(folder / files.MODEL), folder)
 
 
 def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -139,40 +178,79 @@ def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -
 
 
 def restore(job: Job, folder: Path, *, allow_inexact: bool) -> TrainState:
-    """Put a checkpoint back into a freshly built job, and return its plain state. Each rank reads the same files.
+    """Put a checkpoint back into a freshly built job, and return its plain state. Collective.
 
-    With another number of ranks the generators start anew, which is exact as long as nothing draws from them
-    (dropout and drop path at 0). CheckpointError for what cannot be restored, unless `allow_inexact`.
+    Rank 0 reads and tells: ranks that see other files, or none, still go on from the same bytes. With another number of
+    ranks the generators start anew, which is exact as long as nothing draws from them (dropout and drop path at 0).
+    CheckpointError for what cannot be restored, unless `allow_inexact`.
     """
-    load_model(job.model, folder, job.datasets.tree.to_json())
+    read = _Files(job.engine, folder)
+    weights = read.tensors(files.MODEL)
+    _check_tree(read.json(files.TAXONOMY), job.datasets.tree.to_json(), folder)
+    everywhere(job.engine, lambda: _load_strictly(job.model, weights, folder))
     try:
-        return _restore_training(job, folder)
-    except (KeyError, IndexError, TypeError, ValueError, CheckpointError) as error:
+        return _restore_training(job, read)
+    except (KeyError, IndexError, TypeError, ValueError, VitdistError) as error:
         if not allow_inexact:
+            if isinstance(error, FailedElsewhere):
+                raise
             raise CheckpointError(
                 f"{folder} cannot be restored exactly: {error}; --allow-inexact-resume goes on from its weights"
             ) from None
         log.warning("%s is not restored exactly (%s); going on from its weights, as allowed", folder, error)
-        return TrainState(
-            step=read_manifest(folder)["step"], num_threads=job.state.num_threads, world=job.engine.world, inexact=True
-        )
+        return _only_weights(job, read, weights)
 
 
-def _restore_training(job: Job, folder: Path) -> TrainState:
-    """All that only going on needs; raises whatever a damaged or foreign state makes it raise."""
-    record = files.read_json(folder / files.STATE)
+def _restore_training(job: Job, read: _Files) -> TrainState:
+    """All that only going on needs; raises whatever a damaged or foreign state makes it raise, on all ranks."""
+    record = read.json(files.STATE)
     state = TrainState.from_json(record["train"])
-    training = files.read_tensors(folder / files.TRAINING)
+    training = read.tensors(files.TRAINING)
+    everywhere(job.engine, lambda: _take_up(job, state, record["generators"], training, read.folder))
+    return state
+
+
+def _take_up(job: Job, state: TrainState, generators: Any, training: dict[str, Tensor], folder: Path) -> None:
     if job.ema is not None:
         _load_strictly(job.model, files.with_prefix(training, "model/"), folder)
         job.ema.load_state_dict(files.with_prefix(training, "ema/"))
     files.load_optimizer(job.optimizer, files.with_prefix(training, "optimizer/"))
     job.schedule.load_state_dict(state.schedule)
     if state.world == job.engine.world:
-        _set_generators(record["generators"][job.engine.rank])
+        _set_generators(generators[job.engine.rank])
     else:
-        log.info("a checkpoint of %d ranks goes on with %d: random generators start anew", state.world, job.engine.world)
-    return state
+        log.info(
+            "a checkpoint of %d ranks goes on with %d: random generators start anew", state.world, job.engine.world
+        )
+
+
+def _only_weights(job: Job, read: _Files, weights: dict[str, Tensor]) -> TrainState:
+    """Going on without the rest: a new optimizer and schedule, an average that starts from the weights."""
+    job.optimizer.state.clear()
+    _load_strictly(job.model, weights, read.folder)
+    if job.ema is not None:
+        job.ema = ModelEMA(job.model, job.ema.decay, warmup=job.ema.warmup)
+    step = read.manifest()["step"]
+    return TrainState(step=step, num_threads=job.state.num_threads, world=job.engine.world, inexact=True)
+
+
+class _Files:
+    """A checkpoint's files as rank 0 reads them, on every rank. Each method is collective."""
+
+    def __init__(self, engine: Engine, folder: Path) -> None:
+        self._engine, self.folder = engine, folder
+
+    def json(self, name: str) -> Any:
+        return on_main(self._engine, lambda: files.read_json(self.folder / name))
+
+    def manifest(self) -> dict[str, Any]:
+        found: dict[str, Any] = on_main(self._engine, lambda: read_manifest(self.folder))
+        return found
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        on_main(self._engine, lambda: found.update(files.read_tensors(self.folder / name)))
+        return self._engine.tensors_from_main(found)
 
 
 def _set_generators(saved: Any) -> None:
@@ -181,4 +259,3 @@ def _set_generators(saved: Any) -> None:
         for name, values in saved["tensors"].items()
     }
     rng.set_state(tensors, saved["plain"])
-

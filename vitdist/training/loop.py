@@ -16,6 +16,7 @@ from vitdist.training.agenda import Agenda
 from vitdist.training.assemble import train_batches
 from vitdist.training.choosing import evaluate_and_choose
 from vitdist.training.job import Job
+from vitdist.training.nonfinite import NONFINITE, write_down
 from vitdist.training.step import Pending, Report, Stepper
 
 log = logging.getLogger(__name__)
@@ -52,20 +53,28 @@ def train(job: Job) -> tuple[End, Reason]:
         stop = max(r.stop for r in (report, last) if r is not None)
         best = False
         if agenda.evaluation_due() and not stop:
-            best, over = evaluate_and_choose(job)
+            best, over = _evaluate(job)
         if stop or best or over or agenda.save_due(report):
             job.save()
             agenda.saved()
         if stop:
+            job.saved()
             return End.STOPPED, stop
+    job.saved()
     return (End.EARLY if over else End.DONE), Reason.NONE
+
+
+def _evaluate(job: Job) -> tuple[bool, bool]:
+    """(a new best, time to stop early). Collective."""
+    job.at("evaluation")
+    return evaluate_and_choose(job)
 
 
 def _catch_up(job: Job, agenda: Agenda) -> bool:
     """The evaluation that a stop came before: the uninterrupted run would have made it at this step."""
     if not agenda.evaluation_due() or job.state.evaluated_step == job.state.step:
         return False
-    best, over = evaluate_and_choose(job)
+    best, over = _evaluate(job)
     if best and job.engine.is_main:
         job.point_best()
     return over
@@ -91,6 +100,9 @@ def _settle(job: Job, pending: Pending | None, seconds: float) -> Report | None:
     if pending is None:
         return None
     report = pending.read()
+    job.at("log", report.step)
+    if report.step == job.first_step:
+        job.arm()
     job.journal.step(
         {
             "step": report.step,
@@ -100,32 +112,36 @@ def _settle(job: Job, pending: Pending | None, seconds: float) -> Report | None:
             "grad_norm": report.grad_norm,
             "data_wait": report.data_wait,
             "images_per_second": job.plan.global_batch_size / max(seconds, 1e-9),
-            **({"damaged": job.num_damaged + report.num_damaged} if job.num_damaged + report.num_damaged else {}),
             **({"inexact": True} if job.state.inexact else {}),
         }
     )
     job.num_damaged += report.num_damaged
     _raise_failures(job, pending, report)
     if report.num_nonfinite_in_row > 0:
-        log.warning("step %d: the gradient is not finite; %s", report.step, "its update is skipped")
+        _skipped(job, report)
+    return report
+
+
+def _skipped(job: Job, report: Report) -> None:
+    """A step whose gradient was no number: written down, and past the limit the end, on all ranks alike."""
+    ranks = ", ".join(map(str, report.spoiled_by)) or "none alone"
+    log.warning("step %d: the gradient is not finite (from rank %s); its update is skipped", report.step, ranks)
+    if job.engine.is_main:
+        write_down(job, report.step, report.spoiled_by)
     if report.num_nonfinite_in_row > job.recipe.train.max_nonfinite_steps:
         raise NonFiniteError(
-            f"{report.num_nonfinite_in_row} steps in a row up to step {report.step} had gradients that are not finite; "
-            "lower optimizer.lr, or look at the batch (tracking.log_samples=true lists it)"
+            f"{report.num_nonfinite_in_row} steps in a row up to step {report.step} had gradients that are not finite "
+            f"(from rank {ranks}); {job.run_dir / NONFINITE} lists their samples; lower optimizer.lr, or look at them"
         )
-    return report
 
 
 def _raise_failures(job: Job, pending: Pending, report: Report) -> None:
     """The first rank that cannot go on speaks; the others end with its code."""
     if report.failures:
         rank = min(report.failures)
-        if rank == job.engine.rank:
-            raise DataError(
-                f"rank {rank}, step {report.step}: {pending.failure}; repair it (vitdist data verify), "
-                "or set data.on_bad_sample=skip"
-            )
-        raise FailedElsewhere(report.failures[rank], rank, "a sample is damaged")
+        if rank == job.engine.rank and pending.failure is not None:
+            raise pending.failure
+        raise FailedElsewhere(report.failures[rank], rank, "could not go on")
     if job.num_damaged > job.recipe.data.max_bad_samples:
         raise DataError(
             f"{job.num_damaged} damaged samples by step {report.step} are more than data.max_bad_samples "

@@ -13,16 +13,18 @@ from torch import Tensor
 from vitdist import optim
 from vitdist.data.loader import Batch
 from vitdist.data.mixing import ToModelInput
+from vitdist.errors import DataError, VitdistError
 from vitdist.losses import hierarchical_loss, regularisation
 from vitdist.runtime.engine import PendingSum
+from vitdist.runtime.failures import classify
 from vitdist.runtime.stop import Reason
 from vitdist.training.assemble import level_weights_of
 from vitdist.training.job import Job
 from vitdist.training.weighting import Weighting
 
-# places in the report's vector; the ranks' failure codes follow
+# places in the report's vector
 _LOSS, _WAIT, _DAMAGED, _NORM, _TOTAL, _IN_ROW, _SAVE, _REASONS = range(8)
-_CODES = _REASONS + len(Reason)
+_RANKS = _REASONS + len(Reason)  # from here on two numbers a rank: its failure's code, and whether its loss was finite
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Report:
     stop: Reason
     save: bool
     failures: dict[int, int]
+    spoiled_by: list[int]  # ranks whose part of the loss was not finite
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,12 @@ class Pending:
     lr: float
     world: int
     total: PendingSum
-    failure: str  # what this rank itself cannot go on for
+    failure: VitdistError | None  # what this rank itself cannot go on for
 
     def read(self) -> Report:
         values = self.total.read()
         reasons = [reason for reason in Reason if reason and values[_REASONS + reason] > 0]
-        codes = {rank: int(code) for rank, code in enumerate(values[_CODES:]) if code > 0}
+        codes = {rank: int(code) for rank, code in enumerate(values[_RANKS::2]) if code > 0}
         return Report(
             step=self.step,
             epoch=self.epoch,
@@ -71,6 +74,7 @@ class Pending:
             stop=max(reasons, default=Reason.NONE),
             save=values[_SAVE] > 0,
             failures=codes,
+            spoiled_by=[rank for rank, bad in enumerate(values[_RANKS + 1 :: 2]) if bad > 0],
         )
 
 
@@ -82,9 +86,7 @@ class Stepper:
         self._to_input = ToModelInput(job.preprocessing.mean, job.preprocessing.std).to(job.engine.device)
         self._targets = torch.from_numpy(job.datasets.targets.astype(np.int64)).to(job.engine.device)
         self._level_weights = level_weights_of(job.recipe, job.datasets.tree)
-        self._weighting = Weighting(
-            job.recipe, job.datasets, job.plan, job.preprocessing.image_size, job.engine.device
-        )
+        self._weighting = Weighting(job.recipe, job.datasets, job.plan, job.preprocessing.image_size, job.engine.device)
         self._trained = [p for group in job.optimizer.param_groups for p in group["params"]]
 
     def __call__(self, stream: Iterator[Batch], *, save: bool) -> Pending:
@@ -93,49 +95,55 @@ class Stepper:
         step = job.state.step
         lr = job.schedule.lr(step)
         optim.set_lr(job.optimizer, lr)
-        job.faults.point("step", step + 1)
+        job.at("step", step + 1)
         loss, wait, num_damaged, failure = self._accumulate(stream, step)
-        job.faults.point("optimizer", step + 1)
+        job.at("optimizer", step + 1)
         norm = optim.clip_grad_norm(self._trained, job.recipe.optimizer.clip_grad_norm)
         found_inf = job.guard.judge(norm)
         optim.step(job.optimizer, found_inf)
         if job.ema is not None:
             job.ema.update(job.model, found_inf)
         job.optimizer.zero_grad(set_to_none=True)
-        total = self._report(loss, wait, num_damaged, norm, 4 if failure else 0, save)
+        job.at("report", step + 1)
+        if failure is None and job.saver is not None and job.saver.failure is not None:
+            failure = classify(job.saver.failure)
+        total = self._report(loss, wait, num_damaged, norm, failure, save)
         return Pending(step + 1, step // job.plan.steps_per_epoch, lr, job.engine.world, total, failure)
 
-    def _accumulate(self, stream: Iterator[Batch], step: int) -> tuple[Tensor, float, int, str]:
+    def _accumulate(self, stream: Iterator[Batch], step: int) -> tuple[Tensor, float, int, VitdistError | None]:
         """(this rank's part of the loss, seconds waited for data, damaged samples met, why this rank cannot go on)."""
         job = self._job
         total = torch.zeros((), device=job.engine.device)
         denominators = self._weighting.denominators(step)
-        wait, num_damaged, failure = 0.0, 0, ""
+        wait, num_damaged = 0.0, 0
+        failure: VitdistError | None = None
         for micro in range(job.batch.accumulation):
             last = micro == job.batch.accumulation - 1
             started = time.perf_counter()
-            job.faults.point("data", step + 1)
+            job.at("data", step + 1)
             batch = next(stream)
             wait += time.perf_counter() - started
             num_damaged += len(batch.damages)
             job.note_damage(batch.damages)
             if not batch.valid.all():
-                failure = failure or str(batch.damages[0])
+                failure = failure or _damaged(job.engine.rank, step + 1, batch)
             job.journal.samples(batch, step + 1)
             with job.engine.accumulate(job.wrapped, last=last):
                 loss = self._loss(batch.to(job.engine.device), denominators, poison=self._poison(failure, step))
                 if last:
-                    loss = loss + regularisation(
-                        self._trained, l1=job.recipe.loss.l1, l2=job.recipe.loss.l2 / 2
-                    ) / job.engine.world
-                job.faults.point("backward", step + 1)
+                    loss = (
+                        loss
+                        + regularisation(self._trained, l1=job.recipe.loss.l1, l2=job.recipe.loss.l2 / 2)
+                        / job.engine.world
+                    )
+                job.at("backward", step + 1)
                 # DDP takes the mean of the ranks' gradients; the objective is a sum
                 job.engine.backward(loss * job.engine.world)
             total += loss.detach()
         return total, wait, num_damaged, failure
 
     def _loss(self, batch: Batch, denominators: list[float], *, poison: bool) -> Tensor:
-        self._job.faults.point("forward", self._job.state.step + 1)
+        self._job.at("forward", self._job.state.step + 1)
         images = self._to_input(batch.images, batch.mix)
         lam = None if batch.mix is None else batch.mix.lam
         targets = self._targets[batch.labels]
@@ -152,22 +160,30 @@ class Stepper:
         # a rank that cannot go on spoils the gradient: the update is skipped on every rank, and its report says why
         return loss * float("nan") if poison else loss
 
-    def _poison(self, failure: str, step: int) -> bool:
-        return bool(failure) or self._job.faults.asked("nan", "loss", step + 1)
+    def _poison(self, failure: VitdistError | None, step: int) -> bool:
+        return failure is not None or self._job.faults.asked("nan", "loss", step + 1)
 
     def _report(
-        self, loss: Tensor, wait: float, num_damaged: int, norm: Tensor, code: int, save: bool
+        self, loss: Tensor, wait: float, num_damaged: int, norm: Tensor, failure: VitdistError | None, save: bool
     ) -> PendingSum:
         engine, guard = self._job.engine, self._job.guard
-        host = [0.0] * (_CODES + engine.world)
+        mine = _RANKS + 2 * engine.rank
+        host = [0.0] * (_RANKS + 2 * engine.world)
         host[_WAIT], host[_DAMAGED], host[_SAVE] = wait, float(num_damaged), float(save)
         host[_REASONS + self._job.stop.poll()] = 1.0
-        host[_CODES + engine.rank] = float(code)
+        host[mine] = 0.0 if failure is None else float(failure.exit_code)
         vector = torch.tensor(host, dtype=torch.float64, device=engine.device)
         vector[_LOSS] = loss
+        vector[mine + 1] = ~torch.isfinite(loss)
         if engine.is_main:  # equal on all ranks: one tells
             vector[_NORM], vector[_TOTAL], vector[_IN_ROW] = norm, guard.total, guard.in_row
         return engine.sum_later(vector)
+
+
+def _damaged(rank: int, step: int, batch: Batch) -> DataError:
+    return DataError(
+        f"rank {rank}, step {step}: {batch.damages[0]}; repair it (vitdist data verify), or set data.on_bad_sample=skip"
+    )
 
 
 def _swap_neighbours(targets: Tensor) -> Tensor:
