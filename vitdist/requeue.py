@@ -1,8 +1,8 @@
 """What slurm/train.sbatch asks before a start and after an end: `python -m vitdist.requeue begin|decide`.
 
 `begin RECIPE [key=value ...]` checks the command line and prints, one a line, the run's folder and the words that this
-start of the job adds to `vitdist train`. `decide RUN_DIR CODE` prints whether the job should be queued again and why, and
-exits with 0 for yes, 1 for no. What it goes by is kept in RUN_DIR/requeue.jsonl: a line a start and a line an end.
+start of the job adds to `vitdist train`. `decide RUN_DIR CODE` prints whether the job should be queued again and why;
+its exit code is 0 for yes, 1 for no. What it goes by is kept in RUN_DIR/requeue.jsonl: a line a start, a line an end.
 No torch: answers come in well under a second, and work while a dying job has only seconds left.
 """
 
@@ -51,7 +51,6 @@ class Attempt:
 
     start: int | None  # the newest checkpoint's step at the start
     reason: str
-    requeue: bool = True
 
 
 @dataclass(frozen=True)
@@ -108,8 +107,6 @@ def _started_training(run_dir: Path, task: Task) -> bool:
 def _refuse_vain(run_dir: Path, task: Task) -> None:
     """Slurm queues a job again by itself when a node fails: it must not do so for ever."""
     attempts = _attempts(run_dir, task.job)
-    if task.restart and attempts and not attempts[-1].requeue:
-        raise UsageError(f"job {task.job} had ended for good ({attempts[-1].reason}); submit it anew to go on")
     if task.restart and _num_fruitless(attempts, _newest(run_dir)) >= MAX_FRUITLESS:
         raise UsageError(
             f"{MAX_FRUITLESS} starts of job {task.job} ended without a new checkpoint in {run_dir}; see its logs, "
@@ -123,11 +120,12 @@ def _refuse_vain(run_dir: Path, task: Task) -> None:
 def decide(run_dir: Path, code: int, task: Task, *, signalled: bool = False, preempted: bool = False) -> Decision:
     """Whether a job whose step ended with `code` is queued again; noted in the run's folder."""
     reason, wanted, where = _ending(run_dir, code, task, signalled=signalled)
-    if preempted and reason in ON_REQUEST:
+    if preempted and wanted:  # also when TERM met ranks that were still starting and just died of it
         reason = "preempted"
     attempts = [*_attempts(run_dir, task.job)[:-1], Attempt(_start_checkpoint(run_dir, task), reason)]
     decision = _judge(attempts, _newest(run_dir), wanted, where)
-    _note(run_dir, task, {"event": "end", "code": code, "reason": reason, "requeue": decision.requeue, "why": decision.why})
+    end = {"event": "end", "code": code, "reason": reason, "requeue": decision.requeue, "why": decision.why}
+    _note(run_dir, task, end)
     return decision
 
 
@@ -209,9 +207,11 @@ def _attempts(run_dir: Path, job: str) -> list[Attempt]:
     attempts: list[Attempt] = []
     for event in _events(run_dir, job):
         if event["event"] == "start":
+            if event["restart"] == 0:
+                attempts.clear()  # a cluster set up anew counts its jobs from 1
             attempts.append(Attempt(event.get("checkpoint"), "gone"))
         elif attempts:
-            attempts[-1] = Attempt(attempts[-1].start, event["reason"], event["requeue"])
+            attempts[-1] = Attempt(attempts[-1].start, event["reason"])
     return attempts
 
 

@@ -1,8 +1,8 @@
 """A real Slurm cluster inside one machine, for tests: a login host with the controller, and compute nodes.
 
-Every host is a set of Linux namespaces with its own name, address, processes and /run, joined by a bridge that only they
-see; nothing outside is changed. A host's first process reads from a pipe that this process holds: when the tests end,
-however they end, the pipe closes and the kernel ends the host with everything on it. Needs root; up in about a second.
+Every host is a set of Linux namespaces with its own name, address, processes and /run, joined by a bridge that only
+they see; nothing outside is changed. A host's first process reads from a pipe that this process holds: when the tests
+end, however they end, the pipe closes and the kernel ends the host with everything on it. Needs root; up in a second.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Host:
 
 
 class Cluster:
-    """A controller and `num_nodes` nodes, started by `with`. All files but /run and /dev/shm are shared by all hosts."""
+    """A controller and `num_nodes` nodes, started by `with`. All files but /run and /dev/shm are shared."""
 
     def __init__(self, num_nodes: int) -> None:
         self.num_nodes = num_nodes
@@ -139,11 +139,11 @@ class Cluster:
         number = 1 if name == LOGIN else 10 + int(name.removeprefix("node"))
         interface = "br0" if name == LOGIN else "eth0"
         daemon = "slurmctld" if name == LOGIN else f"slurmd -N {name}"
-        command = ["unshare", "-m", "-u", "-i", "-n", "-p", "-f", "--kill-child", "--mount-proc", "--propagation", "private"]
+        command = ["unshare", "-m", "-u", "-i", "-n", "-p", "-f", "--kill-child", "--mount-proc"]
         arguments = [name, str(self.folder), f"10.77.0.{number}", interface, daemon]
         with open(self.folder / "log" / f"{name}.init.log", "ab") as log:
             keeper = subprocess.Popen(
-                [*command, "bash", "-c", _INIT.replace("$5", daemon), "init", *arguments],
+                [*command, "--propagation", "private", "bash", "-c", _INIT, "init", *arguments],
                 stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
                 env={"PATH": SEARCH, "HOME": "/root", "LANG": "C.UTF-8"},
             )  # fmt: skip

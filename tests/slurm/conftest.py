@@ -19,7 +19,7 @@ from vitdist.requeue import HISTORY
 
 SCRIPT = ROOT / "slurm" / "train.sbatch"
 PIN = Path(__file__).with_name("pin.sh")
-STEPS = 240
+STEPS = 160
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +34,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def long_recipe(tiny_recipe: Recipes) -> Recipes:
-    """Long enough to be preempted: 240 steps, a checkpoint every 20."""
+    """Long enough to be preempted: 160 steps, a checkpoint every 20."""
 
     def write(name: str = "tiny", **changes: object) -> Path:
         settings: dict[str, object] = {
@@ -86,28 +86,13 @@ class Submitted:
         self._until(there, seconds, f"a checkpoint of step {step}")
 
     def wait_for_start(self, number: int, seconds: float = 120) -> None:
-        """Until the job was started so many times; its wait after a requeue is cut short."""
-
-        def started() -> bool:
-            self.hurry()
-            return self.num_starts >= number
-
-        self._until(started, seconds, f"start {number}")
-
-    def hurry(self) -> None:
-        """A requeued job waits for 6 s in the lab, two minutes elsewhere: start it now."""
-        if self.cluster.state(self.id) == "PENDING":
-            self.cluster.try_call("scontrol", "update", f"jobid={self.id}", "StartTime=now")
+        """Until the job was started so many times; after a requeue it waits for 6 s in the lab, 2 minutes elsewhere."""
+        self._until(lambda: self.num_starts >= number, seconds, f"start {number}")
 
     def end(self, seconds: float = 240) -> str:
         """Wait for the end for good; the job's last state."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED"}
-
-        def ended() -> bool:
-            self.hurry()
-            return self.cluster.state(self.id) in over
-
-        self._until(ended, seconds, "the end")
+        self._until(lambda: self.cluster.state(self.id) in over, seconds, "the end")
         return self.cluster.state(self.id)
 
     def preempt(self) -> str:
@@ -133,7 +118,11 @@ def submit(cluster: Cluster, tmp_path: Path) -> Iterator[Submit]:
     submitted: list[Submitted] = []
 
     def go(
-        recipe: Path, *overrides: str, options: tuple[str, ...] = (), env: dict[str, str] | None = None, out: str = "job"
+        recipe: Path,
+        *overrides: str,
+        options: tuple[str, ...] = (),
+        env: dict[str, str] | None = None,
+        out: str = "job",
     ) -> Submitted:
         log = tmp_path / f"{out}.txt"
         settings = {
@@ -169,5 +158,3 @@ def reference(tmp_path: Path) -> Callable[[Path, int], Path]:
 def resumed_steps(output: str) -> list[int]:
     """From which steps a job's starts went on, by its output."""
     return [int(step) for step in re.findall(r"resumed from step (\d+)", output)]
-
-
