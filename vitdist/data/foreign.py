@@ -5,11 +5,9 @@ from __future__ import annotations
 import glob
 import os
 import re
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +15,10 @@ import numpy as np
 from vitdist.data.index import INDEX_NAME, SAMPLE_DTYPE, DatasetIndex, Shard, is_url, load_index
 from vitdist.data.indexing import Indexed, index_bytes, make_split, rows_of, stored_path, write_index
 from vitdist.data.labels import LabelReader
-from vitdist.data.shard_content import ShardContent, read_shard, read_stream
+from vitdist.data.remote import check_address
+from vitdist.data.shard_content import ShardContent, read_remote, read_shard
 from vitdist.errors import DataError, UsageError
 
-TIMEOUT = 60.0
 SPLITS = ("train", "val", "test")
 _WORD = re.compile(r"(?:^|[^a-z])(train|training|val|valid|validation|test)(?=[^a-z]|$)")
 _NAMED = re.compile(r"(train|val|test)=(.+)", re.DOTALL)
@@ -119,8 +117,7 @@ def _matches(pattern: str) -> list[str]:
 
 def _local(path: str) -> list[str]:
     if is_url(path):
-        if not path.startswith(("http://", "https://")):
-            raise UsageError(f"{path}: only files and http(s) addresses can be indexed; copy the shards here first")
+        check_address(path)
         return [path]
     if os.path.isdir(path):
         matches = sorted(str(match) for match in Path(path).rglob("*.tar"))
@@ -152,14 +149,7 @@ def _add_shard(
 def _read(address: str) -> ShardContent:
     if address.endswith(_COMPRESSED):
         raise DataError(f"{address} is compressed, so samples have no offsets in it; decompress it first")
-    if not is_url(address):
-        return read_shard(address)
-    try:
-        with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
-            length = response.headers.get("Content-Length")
-            return read_stream(response, address, int(length) if length else None)
-    except (OSError, HTTPException, ValueError) as error:
-        raise DataError(f"{address} cannot be read: {error}") from None
+    return read_remote(address) if is_url(address) else read_shard(address)
 
 
 def _write(

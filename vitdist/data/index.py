@@ -11,10 +11,11 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from vitdist.data.keys import split_name
 from vitdist.data.tar import BLOCK, MAX_HEADER_BLOCKS, DamagedShard, parse_header
 from vitdist.errors import DataError
 from vitdist.taxonomy import Taxonomy
+
+if TYPE_CHECKING:
+    from vitdist.data.cache import ShardCache
 
 FORMAT = 1
 INDEX_NAME = "index.json"
@@ -72,6 +76,8 @@ class Split:
     num_groups: int
     table: Table
     root: Path = field(repr=False)
+    base: str = field(default="", repr=False)  # the address that shards are relative to, where the set is remote
+    cache: ShardCache | None = field(default=None, repr=False)
 
     @cached_property
     def samples(self) -> np.ndarray:
@@ -87,9 +93,16 @@ class Split:
         return np.concatenate((np.zeros(1, np.int64), np.cumsum(counts)))
 
     def shard_file(self, shard: int) -> str:
-        """Where a shard is opened: a path, or the URL as the index gives it."""
+        """Where a shard is: a path, or an address."""
         path = self.shards[shard].path
-        return path if is_url(path) else str(self.root / path)
+        if is_url(path):
+            return path
+        return self.base + quote(path) if self.base else str(self.root / path)
+
+    @cached_property
+    def is_remote(self) -> bool:
+        """Whether any shard is not a file here."""
+        return bool(self.base) or any(is_url(shard.path) for shard in self.shards)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("samples", "shard_starts")}
@@ -97,9 +110,9 @@ class Split:
     def check_shards(self) -> None:
         """DataError naming the first local shard that is missing or of another size; looks at sizes only."""
         for number, shard in enumerate(self.shards):
-            if is_url(shard.path):
-                continue
             path = self.shard_file(number)
+            if is_url(path):
+                continue
             try:
                 size = os.stat(path).st_size
             except OSError as error:
@@ -126,6 +139,15 @@ class DatasetIndex:
         if name not in self.splits:
             raise DataError(f"{self.root} has no split {name!r}; it has {', '.join(self.splits)}")
         return self.splits[name]
+
+    def placed(self, base: str, cache: ShardCache | None) -> DatasetIndex:
+        """The same set with its shards at an address ("" where they are files here), read through a cache."""
+        for split in self.splits.values():
+            outside = next((s.path for s in split.shards if s.path.startswith("/") or ".." in s.path.split("/")), None)
+            if base and outside is not None:
+                raise DataError(f"{base}{INDEX_NAME} names the shard {outside!r}, which is not below it")
+        splits = {name: replace(split, base=base, cache=cache) for name, split in self.splits.items()}
+        return replace(self, splits=splits)
 
 
 def is_url(path: str) -> bool:

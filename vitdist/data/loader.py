@@ -19,6 +19,7 @@ from vitdist.data.images import DamagedImage
 from vitdist.data.index import Split
 from vitdist.data.mixing import Mixing, MixTensors, mix_plan
 from vitdist.data.plan import TrainPlan
+from vitdist.data.prefetch import prefetched, shards_of_plan, shards_of_span
 from vitdist.data.shards import Damage, DamagedSample, ShardReader
 from vitdist.data.transforms import prepare_worker
 from vitdist.data.views import View
@@ -83,8 +84,12 @@ class Place:
 class TrainSource(IterableDataset[Place]):
     """The places of one rank's micro-batches from a position on, without end."""
 
-    def __init__(self, plan: TrainPlan, *, rank: int, world: int, micro_batch_size: int, start: int) -> None:
+    def __init__(
+        self, plan: TrainPlan, *, rank: int, world: int, micro_batch_size: int, start: int, split: Split | None = None
+    ) -> None:
+        """`split` is whose remote shards to fetch ahead; None fetches none."""
         self._plan = plan
+        self._split = split
         self._micro = micro_batch_size
         self._first_slot = rank * (plan.global_batch_size // world)
         self._accumulation = plan.global_batch_size // world // micro_batch_size
@@ -93,34 +98,42 @@ class TrainSource(IterableDataset[Place]):
     def __iter__(self) -> Iterator[Place]:
         worker, num_workers = _worker()
         number = self._start * self._accumulation + worker
-        while True:
-            position, micro = divmod(number, self._accumulation)
-            first = self._first_slot + micro * self._micro
-            slots = self._plan.slots(position, first, first + self._micro)
-            for offset, (row, seed) in enumerate(zip(slots.rows.tolist(), slots.seeds.tolist(), strict=True)):
-                yield Place(row, seed, position, slots.epoch, first + offset)
-            number += num_workers
+        num_slots = self._accumulation * self._micro
+        upcoming = shards_of_plan(self._plan, self._first_slot, num_slots, self._start)
+        with prefetched(self._split, upcoming, worker) as at:
+            while True:
+                position, micro = divmod(number, self._accumulation)
+                at(position)
+                first = self._first_slot + micro * self._micro
+                slots = self._plan.slots(position, first, first + self._micro)
+                for offset, (row, seed) in enumerate(zip(slots.rows.tolist(), slots.seeds.tolist(), strict=True)):
+                    yield Place(row, seed, position, slots.epoch, first + offset)
+                number += num_workers
 
 
 class EvaluationSource(IterableDataset[Place]):
     """Every place of a span of a view, once, in file order."""
 
-    def __init__(self, view: View, span: tuple[int, int], batch_size: int) -> None:
+    def __init__(self, view: View, span: tuple[int, int], batch_size: int, *, split: Split | None = None) -> None:
+        """`split` is whose remote shards to fetch ahead; None fetches none."""
         self._view = view
+        self._split = split
         self._span = span
         self._batch_size = batch_size
 
     def __iter__(self) -> Iterator[Place]:
         worker, num_workers = _worker()
         start, stop = self._span
-        for first in range(start + worker * self._batch_size, stop, num_workers * self._batch_size):
-            rows = self._view.rows(first, min(first + self._batch_size, stop))
-            for offset, row in enumerate(rows.tolist()):
-                yield Place(row, 0, 0, 0, first + offset)
+        with prefetched(self._split, shards_of_span(self._view, self._span), worker) as at:
+            for first in range(start + worker * self._batch_size, stop, num_workers * self._batch_size):
+                at(first)
+                rows = self._view.rows(first, min(first + self._batch_size, stop))
+                for offset, row in enumerate(rows.tolist()):
+                    yield Place(row, 0, 0, 0, first + offset)
 
 
 class Load:
-    """From a place to an image: read, check, decode, transform; damaged samples are recorded and, if asked, replaced."""
+    """From a place to an image: read, check, decode, transform; damaged samples are noted and, if asked, replaced."""
 
     def __init__(
         self,
@@ -213,7 +226,9 @@ class Mix:
     def __call__(self, batch: Batch) -> Batch:
         if not self._mixing.active:
             return batch
-        mix = mix_plan(self._seed, batch.epoch, batch.position % self._steps, self._num_slots, self._image_size, self._mixing)
+        mix = mix_plan(
+            self._seed, batch.epoch, batch.position % self._steps, self._num_slots, self._image_size, self._mixing
+        )
         return replace(batch, mix=mix.slots(batch.slot, batch.slot + len(batch)).tensors())
 
 
@@ -228,7 +243,7 @@ def batches(
     pin_memory: bool = False,
     worker_start: Callable[[], None] | None = None,
 ) -> DataLoader[Batch]:
-    """The loader of a source's batches. `worker_start` runs first in every worker (to ignore the launcher's signals)."""
+    """The loader of a source's batches. `worker_start` runs first in every worker (to ignore a launcher's signals)."""
     stages: list[Any] = [source, wds.map(load), wds.batched(batch_size, collation_fn=collate, partial=True)]
     if mix is not None:
         stages.append(wds.map(mix))

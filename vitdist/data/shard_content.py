@@ -12,6 +12,7 @@ from typing import Protocol
 
 from vitdist.data.index import IMAGE_SUFFIXES
 from vitdist.data.keys import split_name
+from vitdist.data.remote import RemoteFile, check_address
 from vitdist.data.tar import DamagedShard, Member, scan
 from vitdist.errors import DataError
 
@@ -72,6 +73,30 @@ def read_shard(path: str | Path) -> ShardContent:
             return read_stream(file, str(path), os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise DataError(f"shard {path} cannot be read: {error.strerror or error}") from None
+
+
+def read_remote(address: str) -> ShardContent:
+    """The same from an address; a connection that breaks is replaced."""
+    check_address(address)
+    file = RemoteFile(address)
+    try:
+        return read_stream(Whole(file), address)
+    finally:
+        file.close()
+
+
+class Whole:
+    """A download whose reads are as long as asked, but for the last."""
+
+    def __init__(self, file: RemoteFile) -> None:
+        self._file = file
+
+    def read(self, size: int = -1, /) -> bytes:
+        parts, left = [], size
+        while left and (data := self._file.read(left if left > 0 else 1 << 20)):
+            parts.append(data)
+            left -= len(data) if left > 0 else 0
+        return b"".join(parts)
 
 
 def read_stream(file: Readable, shard: str, size: int | None = None) -> ShardContent:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 import zlib
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vitdist.data.cache import is_deleted, touch
 from vitdist.data.index import Split, read_key
+from vitdist.data.remote import RemoteError
+from vitdist.data.remote_set import needed, wanted_shard
 from vitdist.data.tar import DamagedShard
 
 MAX_OPEN_FILES = 64
+FORGET = 60.0  # seconds after which a shard that could not be fetched is asked for again
 
 
 @dataclass(frozen=True)
@@ -46,18 +51,27 @@ class ShardReader:
     def __init__(self, split: Split) -> None:
         self._split = split
         self._open: OrderedDict[int, int] = OrderedDict()
+        self._is_remote = split.is_remote
+        self._failed: dict[int, tuple[float, RemoteError]] = {}
+        self._refilled: set[int] = set()
 
     def read(self, row: int) -> bytes:
-        """The image's bytes, exactly as indexed; DamagedSample otherwise."""
+        """The image's bytes, exactly as indexed; DamagedSample otherwise. ResourceError where a cache has no room."""
         record = self._split.samples[row]
         shard, offset, length = int(record["shard"]), int(record["offset"]), int(record["length"])
         try:
             data = self._pread(shard, length, offset)
+            is_whole = zlib.crc32(data) == int(record["checksum"])
+            if not is_whole and self._is_remote and self._refill(shard):
+                data = self._pread(shard, length, offset)
+                is_whole = zlib.crc32(data) == int(record["checksum"])
+        except RemoteError as error:
+            raise self.damaged(row, error.kind, error.detail) from None
         except OSError as error:
             raise self.damaged(row, "unreadable", error.strerror or str(error)) from None
         if len(data) != length:
             raise self.damaged(row, "truncated", f"{len(data)} of {length} bytes are there")
-        if zlib.crc32(data) != int(record["checksum"]):
+        if not is_whole:
             raise self.damaged(row, "checksum", "these are not the bytes that were indexed")
         return data
 
@@ -66,7 +80,7 @@ class ShardReader:
         record = self._split.samples[row]
         try:
             return read_key(self._file(int(record["shard"])), record)
-        except (OSError, DamagedShard) as error:
+        except (OSError, DamagedShard, RemoteError) as error:
             raise self.damaged(row, "header", str(error)) from None
 
     def damaged(self, row: int, kind: str, detail: str) -> DamagedSample:
@@ -92,7 +106,7 @@ class ShardReader:
     def _file(self, shard: int) -> int:
         descriptor = self._open.get(shard)
         if descriptor is None:
-            descriptor = os.open(self._split.shard_file(shard), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = self._open_shard(shard)
             # a block of the plan needs all of a shard soon: let the kernel read it ahead, front to back
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
             self._open[shard] = descriptor
@@ -100,4 +114,31 @@ class ShardReader:
                 os.close(self._open.popitem(last=False)[1])
         else:
             self._open.move_to_end(shard)
+            if self._is_remote:
+                touch(descriptor)  # the cache lets those go that were not read for longest
         return descriptor
+
+    def _open_shard(self, shard: int) -> int:
+        wanted = wanted_shard(self._split, shard) if self._is_remote else None
+        if wanted is None:
+            return os.open(self._split.shard_file(shard), os.O_RDONLY | os.O_CLOEXEC)
+        for number in [number for number, descriptor in self._open.items() if is_deleted(descriptor)]:
+            os.close(self._open.pop(number))
+        until, failure = self._failed.get(shard, (0.0, None))
+        if failure is not None and time.monotonic() < until:
+            raise failure
+        try:
+            return needed(self._split.cache, wanted.address).open(wanted)
+        except RemoteError as error:
+            self._failed[shard] = (time.monotonic() + FORGET, error)
+            raise
+
+    def _refill(self, shard: int) -> bool:
+        """Fetch a copy whose bytes went bad on this node once more; False where that was done, or it is no copy."""
+        wanted = wanted_shard(self._split, shard)
+        if wanted is None or self._split.cache is None or shard in self._refilled:
+            return False
+        self._refilled.add(shard)
+        self._split.cache.drop(wanted)
+        os.close(self._open.pop(shard))
+        return True

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from vitdist.data.cache import ShardCache
 from vitdist.data.index import INDEX_NAME, DatasetIndex, Split, is_intact, is_url, load_index
-from vitdist.data.shard_content import ShardContent, read_shard
+from vitdist.data.remote_set import fetch_set
+from vitdist.data.shard_content import ShardContent, read_remote, read_shard
 from vitdist.data.tar import BLOCK
 from vitdist.errors import DataError
 
@@ -18,12 +21,17 @@ from vitdist.errors import DataError
 def verify(path: str | Path) -> list[str]:
     """What is wrong with a packed set, one line a problem; empty when every shard, member and hash is as indexed.
 
-    Reads all of it; shards at a URL are named as unread.
+    Reads all of it, also what is at an address; of that nothing is kept.
     """
-    try:
-        index = load_index(path)
-    except DataError as error:
-        return [str(error)]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            index = fetch_set(str(path), ShardCache(Path(folder))) if is_url(str(path)) else load_index(path)
+        except DataError as error:
+            return [str(error)]
+        return _problems(index)
+
+
+def _problems(index: DatasetIndex) -> list[str]:
     problems = _index_problems(index)
     work: list[tuple[Split, int, bool]] = []
     for split in index.splits.values():
@@ -59,10 +67,8 @@ def _table_problems(split: Split, num_nodes: int) -> list[str]:
 def shard_problems(split: Split, number: int, has_rows: bool = True) -> list[str]:
     """What is wrong with one shard; a damaged member is named where the rows can be trusted, else the shard's hash."""
     shard, path = split.shards[number], split.shard_file(number)
-    if is_url(path):
-        return [f"{path}: not read, since it is not on a disk here"]
     try:
-        content = read_shard(path)
+        content = read_remote(path) if is_url(path) else read_shard(path)
     except DataError as error:
         return [str(error)]
     rows = split.samples[split.shard_starts[number] : split.shard_starts[number + 1]]

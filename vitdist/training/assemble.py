@@ -165,7 +165,9 @@ def train_batches(
         global_batch_size=plan.global_batch_size,
         image_size=preprocessing.image_size,
     )
-    source = TrainSource(plan, rank=rank, world=world, micro_batch_size=batch.micro_batch_size, start=start)
+    source = TrainSource(
+        plan, rank=rank, world=world, micro_batch_size=batch.micro_batch_size, start=start, split=split
+    )
     return batches(
         source,
         load,
@@ -191,7 +193,7 @@ def evaluation_batches(
     """Every sample of this rank's span, once."""
     span = evaluation_span(selection.num_samples, rank, world)
     return batches(
-        EvaluationSource(selection.view, span, batch_size),
+        EvaluationSource(selection.view, span, batch_size, split=selection.split),
         Load(selection.split, Unseeded(EvalTransform(preprocessing))),
         Collate(preprocessing.image_size),
         batch_size,
@@ -216,5 +218,3 @@ def level_weights_of(recipe: Recipe, taxonomy: Taxonomy) -> list[float]:
     wish = recipe.loss.level_weights or {}
     taxonomy.select(list(wish)) if wish else None
     return [float(wish.get(level, 1.0)) for level in taxonomy.levels]
-
-
