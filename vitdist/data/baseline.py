@@ -92,8 +92,11 @@ def _drawn(folder: Path) -> tuple[str, Iterable[Labelled], Iterable[Labelled]]:
 
     tree, samples = read_cub(folder, taxonomy=demo_taxonomy())
     level = tree.levels[-1]
-    train, test = ([s for s in samples if s.split == name] for name in ("train", "test"))
-    return level, *(((s.image.read(), s.labels[level]) for s in part) for part in (train, test))
+
+    def part(name: str) -> Iterable[Labelled]:
+        return ((sample.image.read(), sample.labels[level]) for sample in samples if sample.split == name)
+
+    return level, part("train"), part("test")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

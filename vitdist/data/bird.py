@@ -1,4 +1,5 @@
-"""Drawn birds: families differ in shape, species of a family in plumage (shared by all families) and in one fine mark.
+"""Drawn birds: families differ in shape and in which part wears which colour, the species of a family in plumage
+(the same two for all families) and in one fine mark.
 
 Pose, light, background, twigs and leaves in front are drawn anew for each picture, from the picture's own dice.
 """
@@ -15,6 +16,12 @@ from vitdist.data.canvas import CANVAS, SIZE, SUPERSAMPLING, UNIT, Dice, fill, o
 Points = tuple[float, ...]  # x, y, x, y... in pixels of the picture, y downwards, the bird facing right
 
 SCENE, TAIL, BODY, BELLY, WING, TIP, HEAD, BILL, LEG, EYE, GLINT, MARK, GROUND, TWIG, LEAF = range(15)
+NUM_INKS = 15
+
+
+# Families wear the same colours at other places, so that a histogram sees little of it.
+HORN, DARK = (222, 160, 80), (64, 54, 50)
+PLAIN, SADDLED, HOODED = (0, 1, 2, 3, 4, 5), (0, 3, 2, 1, 4, 5), (0, 1, 2, 3, 5, 4)
 
 
 @dataclass(frozen=True)
@@ -28,48 +35,87 @@ class Shape:
     tail: Points
     wing: Points  # shoulder, back, tip, lower edge
     legs: float  # y of the feet; 0 for one that swims
+    dress: tuple[int, ...]  # which of a plumage's colours each part wears, from TAIL to HEAD
+    bare: tuple[tuple[int, int, int], ...]  # colours of bill and legs
 
 
 SHAPES = {
     "Finch": Shape(
-        body=(30, 34, 13, 9, -22), head=(41, 25, 7, 6.6, 0), neck=(34, 22, 42, 20, 47, 29, 40, 38, 30, 36),
-        bill=(46.5, 21.5, 54, 27, 46, 29), tail=(21, 35, 23, 40, 9, 49, 6, 45), 
-        wing=(38, 29, 31, 27, 19, 34, 11, 44, 22, 42, 34, 38), legs=52,
+        body=(30, 34, 13, 9, -22),
+        head=(41, 25, 7, 6.6, 0),
+        neck=(34, 22, 42, 20, 47, 29, 40, 38, 30, 36),
+        bill=(46.5, 21.5, 54, 27, 46, 29),
+        tail=(21, 35, 23, 40, 9, 49, 6, 45),
+        wing=(38, 29, 31, 27, 19, 34, 11, 44, 22, 42, 34, 38),
+        legs=52,
+        dress=PLAIN,
+        bare=(HORN, DARK),
     ),
     "Wren": Shape(
-        body=(30, 36, 11.5, 10, -12), head=(40, 28, 7.2, 6.8, 0), neck=(33, 25, 41, 23, 46, 32, 38, 42, 28, 38),
-        bill=(46, 25.5, 55, 28, 46, 29.5), tail=(23, 31, 18, 37, 9, 18, 14, 16),
-        wing=(37, 32, 30, 30, 22, 34, 15, 41, 24, 43, 34, 40), legs=52,
+        body=(30, 36, 11.5, 10, -12),
+        head=(40, 28, 7.2, 6.8, 0),
+        neck=(33, 25, 41, 23, 46, 32, 38, 42, 28, 38),
+        bill=(46, 25.5, 55, 28, 46, 29.5),
+        tail=(23, 31, 18, 37, 9, 18, 14, 16),
+        wing=(37, 32, 30, 30, 22, 34, 15, 41, 24, 43, 34, 40),
+        legs=52,
+        dress=PLAIN,
+        bare=(DARK, HORN),
     ),
     "Heron": Shape(
-        body=(27, 37, 13, 7.5, -20), head=(43, 15, 6, 5.2, 8), neck=(34, 36, 36, 24, 39, 14, 45, 18, 41, 26, 40, 38, 33, 42),
-        bill=(48, 12.5, 62, 17.5, 47.5, 18), tail=(19, 37, 20, 42, 9, 46, 8, 43),
-        wing=(36, 33, 28, 30, 18, 36, 9, 46, 21, 44, 33, 41), legs=58,
+        body=(27, 37, 13, 7.5, -20),
+        head=(43, 15, 6, 5.2, 8),
+        neck=(34, 36, 36, 24, 39, 14, 45, 18, 41, 26, 40, 38, 33, 42),
+        bill=(48, 12.5, 62, 17.5, 47.5, 18),
+        tail=(19, 37, 20, 42, 9, 46, 8, 43),
+        wing=(36, 33, 28, 30, 18, 36, 9, 46, 21, 44, 33, 41),
+        legs=58,
+        dress=SADDLED,
+        bare=(HORN, DARK),
     ),
     "Plover": Shape(
-        body=(29, 34, 13, 8.5, -8), head=(41, 25, 6.8, 6.4, 0), neck=(34, 24, 42, 21, 46, 29, 40, 38, 30, 36),
-        bill=(47, 23.5, 53, 26.5, 47, 27.5), tail=(20, 32, 20, 37, 8, 39, 8, 36),
-        wing=(38, 30, 30, 28, 19, 32, 8, 39, 21, 40, 34, 38), legs=55,
+        body=(29, 34, 13, 8.5, -8),
+        head=(41, 25, 6.8, 6.4, 0),
+        neck=(34, 24, 42, 21, 46, 29, 40, 38, 30, 36),
+        bill=(47, 23.5, 53, 26.5, 47, 27.5),
+        tail=(20, 32, 20, 37, 8, 39, 8, 36),
+        wing=(38, 30, 30, 28, 19, 32, 8, 39, 21, 40, 34, 38),
+        legs=55,
+        dress=SADDLED,
+        bare=(DARK, HORN),
     ),
     "Duck": Shape(
-        body=(28, 41, 17, 8.5, 0), head=(45, 25, 6.6, 6.4, 0), neck=(36, 40, 39, 30, 40, 22, 49, 26, 46, 36, 44, 46),
-        bill=(50, 23.5, 55, 26, 60, 26.5, 59, 29, 51, 29), tail=(15, 36, 14, 44, 6, 35, 9, 33),
-        wing=(39, 37, 30, 33, 19, 36, 10, 38, 20, 45, 34, 46), legs=0,
+        body=(28, 41, 17, 8.5, 0),
+        head=(45, 25, 6.6, 6.4, 0),
+        neck=(36, 40, 39, 30, 40, 22, 49, 26, 46, 36, 44, 46),
+        bill=(50, 23.5, 55, 26, 60, 26.5, 59, 29, 51, 29),
+        tail=(15, 36, 14, 44, 6, 35, 9, 33),
+        wing=(39, 37, 30, 33, 19, 36, 10, 38, 20, 45, 34, 46),
+        legs=0,
+        dress=HOODED,
+        bare=(HORN, DARK),
     ),
     "Grebe": Shape(
-        body=(28, 43, 15, 7.5, -4), head=(42, 20, 6.2, 5.6, -8), neck=(35, 44, 38, 32, 38, 20, 45, 22, 43, 32, 43, 47),
-        bill=(47, 17, 58, 19.5, 47.5, 22), tail=(16, 39, 15, 46, 10, 41, 11, 38),
-        wing=(38, 40, 30, 36, 20, 39, 13, 45, 22, 47, 34, 47), legs=0,
+        body=(28, 43, 15, 7.5, -4),
+        head=(42, 20, 6.2, 5.6, -8),
+        neck=(35, 44, 38, 32, 38, 20, 45, 22, 43, 32, 43, 47),
+        bill=(47, 17, 58, 19.5, 47.5, 22),
+        tail=(16, 39, 15, 46, 10, 41, 11, 38),
+        wing=(38, 40, 30, 36, 20, 39, 13, 45, 22, 47, 34, 47),
+        legs=0,
+        dress=HOODED,
+        bare=(DARK, HORN),
     ),
 }
 
-# Colours by ink, from TAIL to LEG. Bill and legs are everybody's, so that they tell nothing.
+# Colours by ink, from TAIL to LEG.
 PLUMAGES = {
-    "Amber": ((112, 76, 50), (176, 120, 70), (222, 190, 146), (132, 88, 56), (84, 58, 42), (160, 102, 60)),
-    "Slate": ((70, 80, 98), (116, 130, 148), (206, 206, 202), (82, 94, 114), (50, 58, 74), (98, 112, 132)),
+    "Amber": ((112, 76, 50), (186, 126, 72), (222, 190, 146), (126, 82, 52), (70, 48, 36), (172, 110, 64)),
+    "Slate": ((70, 80, 98), (124, 138, 156), (206, 206, 202), (78, 90, 110), (44, 50, 66), (108, 122, 142)),
 }
-BILL_COLOUR, LEG_COLOUR, MARK_COLOUR = (86, 78, 70), (120, 92, 70), (240, 234, 214)
+MARK_COLOUR = (240, 234, 214)
 LANDSCAPE = ((96, 122, 74), (122, 134, 92), (128, 106, 82), (118, 118, 114), (150, 138, 112), (122, 136, 146))
+ODDS = (HORN, DARK, MARK_COLOUR, *LANDSCAPE[:3])  # twigs and leaves may have the colours that tell birds apart
 MARKS = ("Bar_winged", "Pale_capped")
 
 
@@ -122,8 +168,8 @@ def picture(kind: Kind, dice: Dice) -> tuple[np.ndarray, tuple[int, int, int, in
 
 def _draw_bird(canvas: np.ndarray, kind: Kind, dice: Dice) -> int:
     """Put the bird on the canvas in a pose of its own; returns the height it stands or swims at, in units."""
-    tilt, scale = dice.between(-12, 12), dice.between(235, 275)
-    shift = dice.array(-4 * UNIT, 4 * UNIT, (2,)) + 32 * UNIT
+    tilt, scale = dice.between(-12, 12), dice.between(245, 280)
+    shift = dice.array(-3 * UNIT, 3 * UNIT, (2,)) + 32 * UNIT
     side = 1 - 2 * dice.between(0, 1)
 
     def put(part: str, ink: int, *only: int) -> None:
@@ -158,8 +204,8 @@ def _draw_front(canvas: np.ndarray, kind: Kind, horizon: int, dice: Dice) -> Non
         fill(canvas, np.array([*top, (64 * UNIT, 64 * UNIT), (0, 64 * UNIT)]), SCENE)
     else:
         thick = dice.between(2, 5) * UNIT
-        ends = horizon + dice.array(-UNIT, UNIT, (4,))
-        fill(canvas, np.array([(0, ends[0]), (64 * UNIT, ends[1]), (64 * UNIT, ends[2] + thick), (0, ends[3] + thick)]), GROUND)
+        ends = horizon + dice.array(-UNIT, UNIT, (4,)) + (0, 0, thick, thick)
+        fill(canvas, np.stack([(0, 64 * UNIT, 64 * UNIT, 0), ends], axis=1), GROUND)
     for _ in range(dice.between(0, 2)):
         foot, lean, half = dice.between(0, 64 * UNIT), dice.between(-10 * UNIT, 10 * UNIT), dice.between(24, 56)
         top_y = dice.between(0, 40 * UNIT)
@@ -180,23 +226,32 @@ def _draw_leaf(canvas: np.ndarray, dice: Dice) -> None:
 
 def _colour(canvas: np.ndarray, kind: Kind, horizon: int, dice: Dice) -> np.ndarray:
     """Colours for the inks, averaged to pixels over the background, under the light of the day."""
-    colours = np.zeros((15, 3), dtype=np.int64)
-    colours[TAIL:BILL] = PLUMAGES[kind.plumage] + dice.array(-9, 9, (BILL - TAIL, 3))
-    colours[BILL], colours[LEG], colours[MARK] = BILL_COLOUR, LEG_COLOUR, MARK_COLOUR
+    shape = SHAPES[kind.family]
+    colours = np.zeros((NUM_INKS, 3), dtype=np.int64)
+    colours[TAIL:BILL] = np.array(PLUMAGES[kind.plumage])[list(shape.dress)] + dice.array(-9, 9, (BILL - TAIL, 3))
+    colours[BILL], colours[LEG] = shape.bare
+    colours[MARK] = MARK_COLOUR
     colours[EYE], colours[GLINT] = 20, 250
-    colours[GROUND:] = _muted(dice, 3)
+    colours[GROUND] = _muted(dice, 1)
+    colours[TWIG:] = [ODDS[dice.between(0, len(ODDS) - 1)] for _ in range(2)] + dice.array(-14, 14, (2, 3))
     colours[:GLINT] += dice.between(-8, 8)
-    inked = canvas.reshape(SIZE, SUPERSAMPLING, SIZE, SUPERSAMPLING)
-    total = np.clip(colours, 0, 255).astype(np.int32)[inked].sum(axis=(1, 3))
-    bare = (inked == SCENE).sum(axis=(1, 3), dtype=np.int32)[:, :, None]
-    scene = (total + bare * _background(horizon, dice)) // SUPERSAMPLING**2
+    shares = _shares(canvas)  # of the scene, and of each ink
+    drawn = shares[:, :, 1:] @ np.clip(colours[1:], 0, 255)
+    scene = (drawn + shares[:, :, :1] * _background(horizon, dice)) // SUPERSAMPLING**2
     return _light(scene, dice)
+
+
+def _shares(canvas: np.ndarray) -> np.ndarray:
+    """int64 [64, 64, NUM_INKS]: how many sub-pixels of a pixel have each ink."""
+    rows, columns = np.ogrid[:CANVAS, :CANVAS]
+    pixel = rows // SUPERSAMPLING * SIZE + columns // SUPERSAMPLING
+    return np.bincount((pixel * NUM_INKS + canvas).ravel(), minlength=SIZE * SIZE * NUM_INKS).reshape(SIZE, SIZE, -1)
 
 
 def _muted(dice: Dice, count: int) -> np.ndarray:
     """Colours of leaves, earth, stone, sand, mist and water, dark to pale; int64 [count, 3]."""
     ground = np.array([LANDSCAPE[dice.between(0, len(LANDSCAPE) - 1)] for _ in range(count)])
-    return ground * dice.array(170, 340, (count, 1)) // 256 + dice.array(-10, 10, (count, 3))
+    return ground * dice.array(150, 280, (count, 1)) // 256 + dice.array(-10, 10, (count, 3))
 
 
 @cache
@@ -222,20 +277,20 @@ def _background(horizon: int, dice: Dice) -> np.ndarray:
     far, near = _muted(dice, 2)
     place = horizon // UNIT - dice.between(-2, 18)
     blend = np.clip((np.arange(SIZE) - place) * 32 + 128, 0, 256)[:, None, None]
-    scene = (far * (256 - blend) + near * blend >> 8) + _cloud(dice, 5, 26, 9) + _cloud(dice, 13, 14, 4)
+    scene = (far * (256 - blend) + near * blend >> 8) + _cloud(dice, 5, 18, 6) + _cloud(dice, 13, 9, 3)
     y, x = np.ogrid[:SIZE, :SIZE]
     for _ in range(dice.between(0, 4)):
         cx, cy, radius = dice.between(0, 63), dice.between(0, 63), dice.between(2, 6)
         near_centre = np.clip(2 * radius * radius - (x - cx) ** 2 - (y - cy) ** 2, 0, radius * radius)
-        scene += (near_centre * dice.between(20, 90) // (radius * radius))[:, :, None]
+        scene += (near_centre * dice.between(15, 60) // (radius * radius))[:, :, None]
     return np.clip(scene, 0, 255)
 
 
 def _light(scene: np.ndarray, dice: Dice) -> np.ndarray:
     """Brightness, a slant of the light, a slight cast and grain."""
-    gain = dice.between(200, 290) + dice.array(-12, 12, (3,))
-    slant = dice.array(-30, 30, (2,))
+    gain = dice.between(210, 285) + dice.array(-10, 10, (3,))
+    slant = dice.array(-24, 24, (2,))
     ramp = (np.arange(SIZE) * 2 - 63) * 256 // 63
     slope = (ramp[:, None] * slant[0] + ramp[None, :] * slant[1]) >> 8
-    lit = scene * (gain + slope[:, :, None]) // 256 + dice.array(-6, 6, (SIZE, SIZE, 1))
+    lit = scene * (gain + slope[:, :, None]) // 256 + dice.array(-4, 4, (SIZE, SIZE, 1))
     return np.clip(lit, 0, 255).astype(np.uint8)

@@ -1,7 +1,8 @@
 """The embedded demo set: 24 invented species of drawn birds, written in CUB-200-2011's own layout.
 
-Six families differ in shape; the four species of a family in one of two plumages, which all families share, and in one
-fine mark: two wing bars or a pale cap, equally pale. So neither colours alone nor the outline alone tell a species.
+Six families differ in shape and in which part wears which colour; the four species of a family in one of two plumages,
+which all families share, and in one fine mark: two wing bars or a cap, equally pale. So neither colours alone nor the
+outline alone tell a species.
 """
 
 from __future__ import annotations
