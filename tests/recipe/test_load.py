@@ -11,6 +11,7 @@ import yaml
 from vitdist.errors import RecipeError
 from vitdist.recipe import Duration, Recipe, load_recipe, parse_recipe
 from vitdist.recipe.fields import describe, takes_text, walk
+from vitdist.recipe.sizes import num_bytes
 
 FIRST = "data: {path: data/x}\n"
 
@@ -49,6 +50,13 @@ def test_defaults_that_follow_from_other_keys() -> None:
     assert _parse("model: {freeze: backbone}\n").optimizer.layer_decay == 1
     assert _parse("evaluation: {protocol: refit}\n").checkpoint.monitor is None
     assert _parse("", "evaluation.protocol=refit").checkpoint.monitor is None
+
+
+def test_remote_data_and_its_cache() -> None:
+    words = ("data.path=https://host/a b/set", "data.cache_dir=/scratch", "data.cache_size=1.5GiB")
+    recipe = _parse("", *words)
+    assert recipe.data.path == "https://host/a b/set" and num_bytes(recipe.data.cache_size or "") == 3 << 29
+    assert parse_recipe(recipe.to_yaml(), "y.yaml") == recipe
 
 
 def test_one_duration_or_several() -> None:

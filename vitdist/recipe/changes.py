@@ -14,6 +14,7 @@ MAY_CHANGE = (
     "data.path",  # with the same index hash
     "data.num_workers",
     "data.cache_dir",
+    "data.cache_size",
     "evaluation.batch_size",
     "checkpoint.*",
     "tracking.*",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import AfterValidator
+
+from vitdist.recipe import sizes
 from vitdist.recipe.fields import Interval, Section, key, section
 
 
@@ -19,7 +22,10 @@ class Val(Section):
 class Data(Section):
     """Which photographs, and how they are read."""
 
-    path: str = key("folder with index.json, as `vitdist data` wrote it", path=True, allowed="a path")
+    path: str = key(
+        "folder with index.json, as `vitdist data` wrote it, or its http(s), s3, gs or az address",
+        path=True, allowed="a path",
+    )  # fmt: skip
     taxonomy: str | None = key(
         "CSV of another class tree (one row a class, coarse to fine); null takes the one packed with the data",
         None, path=True, allowed="a path or null",
@@ -40,8 +46,14 @@ class Data(Section):
     on_bad_sample: Literal["raise", "skip"] = key("a damaged sample stops the run, or is replaced and counted", "raise")
     max_bad_samples: int = key("with skip: more damaged samples than this stop the run", 100, unit="samples", ge=0)
     cache_dir: str | None = key(
-        "folder for copies of remote shards; null keeps none", None, path=True, allowed="a path or null"
-    )
+        "folder on each node's own disk for copies of remote shards, shared by its ranks; null reads no remote ones",
+        None, path=True, allowed="a path or null",
+    )  # fmt: skip
+    cache_size: Annotated[str, AfterValidator(sizes.checked)] | None = key(
+        "bytes of shards kept in cache_dir, those not read for longest go first; what is read at once must fit: about "
+        "100,000 photographs on one node, a part of that on each of several; null keeps all",
+        None, allowed=sizes.ALLOWED,
+    )  # fmt: skip
     allow_pipe: bool = key("let `pipe:` addresses run commands of this machine", False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,10 +15,8 @@ NOT_BUILT: tuple[tuple[str, Test, str], ...] = (
     ("parallel.offload", lambda value: value != "none", "use none"),
     ("train.precision", lambda value: value == "fp16", "use bf16 or fp32"),
     ("train.micro_batch_size", lambda value: value == "auto", "use a number, or null for the whole share of a rank"),
-    ("data.cache_dir", lambda value: value is not None, "use null: shards are read where they lie"),
     ("data.allow_pipe", bool, "use false: no command is run for data"),
     ("data.path", lambda value: value.startswith("pipe:"), "use a folder: no command is run for data"),
-    ("data.path", lambda value: bool(re.match(r"[a-z][a-z0-9+]*://", value)), "use a folder: copy the shards first"),
 )
 
 

@@ -13,6 +13,7 @@ from vitdist.recipe.durations import Duration
 from vitdist.recipe.schema import Recipe
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".npz", ".tar")
+SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss")  # as vitdist.data.connections has them
 VIT_KEYS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
 
@@ -174,6 +175,21 @@ def _longer(part: Duration, whole: Duration) -> bool:
     return part.unit == whole.unit and part.value > whole.value
 
 
+def remote_data(recipe: Recipe) -> Iterator[Conflict]:
+    """A set at an address needs a reader for its scheme, and a folder that its shards are copied to."""
+    data = recipe.data
+    scheme, separator, _ = data.path.partition("://")
+    if separator and scheme.isalnum():
+        if scheme not in SCHEMES:
+            text = f"nothing reads {scheme}:// addresses; use a folder, or one of {', '.join(SCHEMES)}"
+            yield Conflict(("data.path",), text)
+        elif data.cache_dir is None:
+            text = "is an address; set data.cache_dir to a folder on each node's own disk"
+            yield Conflict(("data.path", "data.cache_dir"), text)
+    if data.cache_size is not None and data.cache_dir is None:
+        yield Conflict(("data.cache_size", "data.cache_dir"), f"{data.cache_size}, but data.cache_dir is null")
+
+
 def folds(recipe: Recipe) -> Iterator[Conflict]:
     """A fold beyond the last."""
     val = recipe.data.val
@@ -185,7 +201,7 @@ def folds(recipe: Recipe) -> Iterator[Conflict]:
 
 RULES: tuple[Rule, ...] = (
     refit_chooses_nothing, scratch_vit, weights_named_fully, random_features, head, levels, batches,
-    classes_balanced_once, schedule, folds,
+    classes_balanced_once, schedule, remote_data, folds,
 )  # fmt: skip
 
 

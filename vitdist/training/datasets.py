@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 
 from vitdist import taxonomy
-from vitdist.data.index import DatasetIndex, Split, load_index
+from vitdist.data.cache import ShardCache
+from vitdist.data.index import DatasetIndex, Split
+from vitdist.data.remote_set import open_set
 from vitdist.data.views import View, everything, validation_split
 from vitdist.errors import DataError
 from vitdist.recipe.schema import Recipe
+from vitdist.recipe.sizes import num_bytes
 from vitdist.taxonomy import Taxonomy
 
 
@@ -60,7 +63,7 @@ class Datasets:
 
 def open_datasets(recipe: Recipe) -> Datasets:
     """Open the packed set of a recipe; DataError when it is missing, incomplete or lacks what the recipe asks for."""
-    index = load_index(recipe.data.path)
+    index = open_set(recipe.data.path, cache_of(recipe))
     tree = choose_tree(index, recipe.data.taxonomy, recipe.model.levels)
     targets = tree.targets_from(index.taxonomy)
     split = index.split("train")
@@ -70,6 +73,14 @@ def open_datasets(recipe: Recipe) -> Datasets:
     if (targets[labels] < 0).all(axis=1).any():
         raise DataError(f"{recipe.data.taxonomy} knows nothing of some classes of {recipe.data.path}; add them to it")
     return Datasets(index, tree, targets, train, val)
+
+
+def cache_of(recipe: Recipe) -> ShardCache | None:
+    """Where copies of remote shards are kept; None where the recipe names no folder."""
+    wish = recipe.data
+    if wish.cache_dir is None:
+        return None
+    return ShardCache(Path(wish.cache_dir), None if wish.cache_size is None else num_bytes(wish.cache_size))
 
 
 def _views(recipe: Recipe, index: DatasetIndex, split: Split) -> tuple[Selection, Selection | None]:
