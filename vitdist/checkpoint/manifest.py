@@ -1,10 +1,11 @@
-"""The manifest of a checkpoint: what every file in its folder must be; written last, checked before anything is used."""
+"""The manifest of a checkpoint: what every file beside it must be; written last, checked before anything is used."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from vitdist.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+NAME = re.compile(r"step_(\d{8,12})")
 _MAX_BYTES = 1 << 20
 
 
@@ -29,7 +31,10 @@ def seal(stage: Path, step: int, about: dict[str, Any]) -> None:
 
 
 def verify(path: Path, *, step: int | None = None) -> list[str]:
-    """What is wrong with a checkpoint folder, one line each; empty when every byte is what its manifest says."""
+    """What is wrong with a checkpoint folder, one line each; empty when every byte is what its manifest says.
+
+    The step is checked against `step`, else against the folder's name where that is a published one's.
+    """
     try:
         manifest = read_manifest(path)
         present = {entry.name for entry in path.iterdir()} - {MANIFEST}
@@ -37,6 +42,9 @@ def verify(path: Path, *, step: int | None = None) -> list[str]:
         return [str(error)]
     except OSError as error:
         return [f"{path} cannot be read: {error.strerror}"]
+    named = NAME.fullmatch(path.name)
+    if step is None and named is not None:
+        step = int(named[1])
     if step is not None and manifest["step"] != step:
         return [f"its manifest says step {manifest['step']}"]
     listed: dict[str, Any] = manifest["files"]

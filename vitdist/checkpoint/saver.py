@@ -109,7 +109,7 @@ def no_room(folder: Path, needed: int) -> str:
     free = free_bytes(folder)
     return (
         f"no room for a checkpoint in {folder}: it needs {needed} bytes and {free} are free (or a quota or file size "
-        "limit is reached); free some, lower checkpoint.keep_last, or choose another out=..., then start again to resume"
+        "limit is reached); free some, lower checkpoint.keep_last, or use another out=..., then start again to resume"
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable
@@ -17,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitdist.checkpoint.manifest import MANIFEST, is_plain_file, read_manifest, seal, sync_folder, verify
+from vitdist.checkpoint.manifest import MANIFEST, NAME, is_plain_file, read_manifest, seal, sync_folder, verify
 from vitdist.errors import CheckpointError
 
 FOLDER = "checkpoints"
 RUN_ID = ".run"
-_NAME = re.compile(r"step_(\d{8,12})")
 _STAGE = ".stage_"
 _ASIDE = "aside_"
 _MAX_POINTER = 256
@@ -127,13 +125,13 @@ class Store:
         except (OSError, ValueError):
             return None
         target = self.folder / text
-        return target if _NAME.fullmatch(text) and target.is_dir() else None
+        return target if NAME.fullmatch(text) and target.is_dir() else None
 
     def published(self) -> list[tuple[int, Path]]:
         """(step, folder) of every published checkpoint, oldest first by number."""
         if not self.folder.is_dir():
             return []
-        found = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir() if not path.is_symlink())
+        found = ((NAME.fullmatch(path.name), path) for path in self.folder.iterdir() if not path.is_symlink())
         return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
 
     def newest(self) -> tuple[Path | None, list[str]]:
@@ -165,7 +163,7 @@ class Store:
         return target
 
     def prune(self, retention: Retention, value_of: dict[int, float]) -> None:
-        """Delete what retention does not keep. `value_of`: step -> how good (higher is better). Failing is no failure."""
+        """Delete what retention does not keep. `value_of`: step -> how good (higher is better). Failing is logged."""
         published = self.published()
         keep = {step for step, _ in published[-max(1, retention.keep_last) :]}
         ranked = sorted((s for s, _ in published if s in value_of), key=lambda s: (value_of[s], s), reverse=True)

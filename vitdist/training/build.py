@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 
-from vitdist.checkpoint.saver import Saver
+from vitdist.checkpoint.saver import Saver, free_bytes, no_room
+from vitdist.checkpoint.state import num_bytes
 from vitdist.checkpoint.store import Store
+from vitdist.errors import ResourceError
 from vitdist.metrics_log import MetricsLog, read_metrics
 from vitdist.progress import Progress
 from vitdist.recipe.batch import BatchSplit, split_batch
 from vitdist.recipe.schema import Recipe
 from vitdist.runtime import rng
-from vitdist.runtime.agree import everywhere
+from vitdist.runtime.agree import everywhere, on_main
 from vitdist.runtime.engine import Engine, set_threads
 from vitdist.runtime.faults import Faults
 from vitdist.runtime.lock import RunLock
@@ -89,8 +91,22 @@ def build_job(
         _begin(job)
     else:
         _go_on(job, checkpoint, allow_inexact)
+    on_main(engine, lambda: _check_room(job))
     _connect(job)
     return job
+
+
+def _check_room(job: Job) -> None:
+    """ResourceError before the first step when the volume has no room for the checkpoints that retention keeps."""
+    weights = num_bytes(job.model.state_dict())
+    trained = num_bytes({name: p for name, p in job.model.named_parameters() if p.requires_grad})
+    moments = 1 if job.recipe.optimizer.name == "sgd" else 2
+    each = weights * (1 if job.ema is None else 3) + trained * moments
+    wish = job.recipe.checkpoint
+    kept = wish.keep_last + (1 if wish.keep_best else 0) + 1  # one more is staged before an old one goes
+    needed = each * max(1, kept - len(job.store.published()))
+    if free_bytes(job.store.folder) < needed:
+        raise ResourceError(no_room(job.store.folder, needed))
 
 
 def _begin(job: Job) -> None:
