@@ -117,7 +117,7 @@ class Cluster:
             self._configure()
             for name in [LOGIN, *self.nodes]:
                 self.boot(name)
-            self.until(self._idle, 30, "the nodes to become idle")
+            self.until(self.is_idle, 30, "the nodes to become idle")
         except BaseException:
             self.__exit__()
             raise
@@ -219,7 +219,7 @@ class Cluster:
         logs = sorted((self.folder / "log").glob("*.log"))
         return "\n".join(f"--- {log.name}\n" + "\n".join(log.read_text().splitlines()[-15:]) for log in logs)
 
-    def _idle(self) -> bool:
+    def is_idle(self) -> bool:
         command = self.hosts[LOGIN].enter("sinfo", "-h", "-N", "-p", "normal", "-o", "%t")
         done = subprocess.run(command, capture_output=True, text=True, cwd="/")
         return done.stdout.split() == ["idle"] * self.num_nodes

@@ -1,0 +1,192 @@
+"""Every other way in which a job ends early, each on real nodes (S3, S4, S6)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import launching, run_state
+from tests.conftest import Recipes
+from tests.slurm.cluster import Cluster
+from tests.slurm.conftest import STEPS, Submit, Submitted, resumed_steps
+from vitdist.checkpoint.store import Store
+from vitdist.metrics_log import read_metrics
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+Reference = Callable[[Path, int], Path]
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
+
+
+@pytest.fixture
+def mended(cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster, with its nodes whole again afterwards."""
+    yield cluster
+    for name in set(cluster.nodes) - set(cluster.hosts):
+        cluster.boot(name)
+    for name in cluster.nodes:
+        cluster.heal(name)
+        cluster.try_call("scontrol", "update", f"nodename={name}", "state=resume")
+    cluster.until(cluster.is_idle, 90, "all nodes to be back")
+
+
+def cut_by_time_limit(job: Submitted) -> None:
+    """Let the time limit come in 20 s, and take it away again for the next start."""
+    number = job.num_starts
+    end = datetime.now() + timedelta(seconds=20)
+    job.cluster.call("scontrol", "update", f"jobid={job.id}", f"EndTime={end:%Y-%m-%dT%H:%M:%S}")
+    job.cluster.until(lambda: job.cluster.state(job.id) == "PENDING", 120, "the requeue")
+    job.cluster.call("scontrol", "update", f"jobid={job.id}", "TimeLimit=UNLIMITED")
+    job.wait_for_start(number + 1)
+
+
+def lose_a_node(job: Submitted, name: str) -> None:
+    """Power off one of the job's nodes and wait until it runs on others."""
+    number = job.num_starts
+    job.cluster.kill(name)
+    job.wait_for_start(number + 1)
+
+
+def hosts(job: Submitted) -> list[str]:
+    return job.cluster.call("scontrol", "show", "hostnames", job.cluster.show(job.id)["NodeList"]).split()
+
+
+def test_preempted_cut_by_limits_and_a_killed_node_it_ends_the_same(
+    long_recipe: Recipes, submit: Submit, reference: Reference, mended: Cluster
+) -> None:
+    recipe = long_recipe(train__max_duration="1200steps", tracking__wandb="offline")
+    job = submit(recipe, options=(*TWO_NODES, "-p", "cancel20", "--time=60"))
+    job.wait_for_step(20)
+    job.preempt()
+    job.wait_for_start(2)
+    for _ in range(3):
+        job.wait_for_step(job.newest() + 20)
+        cut_by_time_limit(job)
+    job.wait_for_step(job.newest() + 20)
+    lose_a_node(job, hosts(job)[1])
+    assert job.newest() < 1200, "too fast to show anything"
+    assert job.end(400) == "COMPLETED", job.output
+    assert job.num_starts == 6 and len(resumed_steps(job.output)) == 5, job.output
+    whole = reference(recipe, 2)
+    assert run_state.tensors(job.run) == run_state.tensors(whole)
+    assert run_state.lines(job.run) == run_state.lines(whole)
+    assert len({folder.name.rsplit("-", 1)[1] for folder in (job.run / "wandb").glob("offline-run-*")}) == 1
+
+
+def test_the_batch_host_dies(long_recipe: Recipes, submit: Submit, reference: Reference, mended: Cluster) -> None:
+    recipe = long_recipe()
+    job = submit(recipe, options=TWO_NODES)
+    job.wait_for_step(20)
+    lose_a_node(job, hosts(job)[0])
+    assert job.end() == "COMPLETED", job.output
+    assert run_state.tensors(job.run) == run_state.tensors(reference(recipe, 2))
+
+
+def test_a_node_cut_off_from_the_network_publishes_nothing_more(
+    long_recipe: Recipes, submit: Submit, reference: Reference, mended: Cluster
+) -> None:
+    recipe = long_recipe(parallel__timeout="30s")
+    job = submit(recipe, options=TWO_NODES)
+    job.wait_for_step(20)
+    batch_host = hosts(job)[0]
+    mended.cut(batch_host)  # rank 0 lives on there, and sees the run's folder as before
+    job.wait_for_start(2)
+    assert batch_host not in hosts(job)
+    assert job.end() == "COMPLETED", job.output
+    mended.heal(batch_host)
+    assert run_state.tensors(job.run) == run_state.tensors(reference(recipe, 2))
+
+
+def test_a_job_ended_by_scancel_stays_ended(long_recipe: Recipes, submit: Submit) -> None:
+    job = submit(long_recipe(), options=(*TWO_NODES, "-p", "cancel20"))
+    job.wait_for_step(20)
+    job.cluster.call("scancel", job.id)
+    assert job.end() == "CANCELLED"
+    job.cluster.until(lambda: job.id not in job.cluster.queue(), 30, "the job to leave")
+    assert "ended by scancel" in job.output
+    assert json.loads((job.run / "exit.json").read_text())["code"] == 75, "it saved before it went"
+    assert job.newest() > 20 and job.num_starts == 1
+    again = submit(long_recipe(), options=TWO_NODES)
+    assert again.end() == "COMPLETED"
+    assert resumed_steps(again.output) == [job.newest() if job.newest() < STEPS else resumed_steps(again.output)[0]]
+
+
+def test_scancel_within_the_grace_time_stays_ended(long_recipe: Recipes, submit: Submit) -> None:
+    job = submit(long_recipe(), options=(*TWO_NODES, "-p", "cancel20"))
+    job.wait_for_step(20)
+    job.preempt()
+    job.cluster.until(lambda: job.cluster.show(job.id).get("PreemptTime", "None") != "None", 20, "preemption")
+    job.cluster.call("scancel", job.id)
+    assert job.end() == "CANCELLED", job.output
+    assert job.num_starts == 1
+
+
+def test_a_signal_sent_by_hand_saves_and_queues_again(long_recipe: Recipes, submit: Submit) -> None:
+    job = submit(long_recipe(), options=TWO_NODES)
+    job.wait_for_start(1)
+    job.cluster.call("scancel", "--signal=USR1", "--batch", job.id)  # the ranks are still importing
+    job.wait_for_start(2)
+    job.wait_for_step(20)
+    job.cluster.call("scancel", "--signal=USR1", "--full", job.id)
+    job.wait_for_start(3)
+    assert job.end() == "COMPLETED", job.output
+    assert len(resumed_steps(job.output)) == 1
+
+
+@pytest.mark.parametrize("way", ["max_time", "stop_file"])
+def test_a_stop_that_was_asked_for_is_no_requeue(way: str, long_recipe: Recipes, submit: Submit) -> None:
+    changes = {"train__max_duration": "2000steps"}
+    job = submit(long_recipe(**changes), *(["train.max_time=8s"] if way == "max_time" else []), options=TWO_NODES)
+    if way == "stop_file":
+        job.wait_for_step(20)
+        (job.run / "STOP").touch()
+    assert job.end() == "FAILED"  # by its exit code, 75: what depends on the run's end must not start
+    assert job.cluster.show(job.id)["ExitCode"] == "75:0"
+    assert f"no requeue: {way} at step" in job.output
+
+
+def test_from_two_ranks_to_four_to_one(
+    long_recipe: Recipes, submit: Submit, reference: Reference, tmp_path: Path
+) -> None:
+    recipe = long_recipe(train__max_duration="400steps", checkpoint__keep_last=100)
+    changes: list[int] = []
+    for number, world in enumerate([2, 4, 1]):
+        if number:
+            changes.append(world_changes_here(tmp_path, number))
+        job = submit(recipe, options=(f"--nodes={world}", "--ntasks-per-node=1"))
+        if world == 1:
+            assert job.end() == "COMPLETED", job.output
+            break
+        job.wait_for_step(job.newest() + 40)
+        job.cluster.call("scancel", job.id)
+        job.end()
+        job.cluster.until(lambda job=job: job.id not in job.cluster.queue(), 30, "the job to leave")
+    assert used(job.run) == used(reference(recipe, 2))
+    for number, (step, old_world) in enumerate(zip(changes, [2, 4], strict=True), 1):
+        unchanged = tmp_path / f"unchanged{number}"
+        launching.run(old_world, ["train", str(recipe), f"out={unchanged.name}"], tmp_path, timeout=240)
+        for a, b in zip(losses(job.run, step), losses(unchanged, step), strict=True):
+            assert a == pytest.approx(b, abs=1e-5)
+
+
+def world_changes_here(tmp_path: Path, number: int) -> int:
+    """Keep a copy of the run as it is before it goes on with another number of ranks; its step."""
+    shutil.copytree(tmp_path / "job", tmp_path / f"unchanged{number}", symlinks=True)
+    return Store(tmp_path / "job").published()[-1][0]
+
+
+def losses(run: Path, after: int) -> list[float]:
+    """The 20 losses after a step."""
+    found = {line["step"]: line["train/loss"] for line in read_metrics(run / "metrics.jsonl") if "lr" in line}
+    return [found[step] for step in range(after + 1, after + 21)]
+
+
+def used(run: Path) -> list[tuple[Any, ...]]:
+    """What stood in every slot of every global batch, whichever rank took it."""
+    records = [json.loads(line) for file in (run / "samples").glob("*.jsonl") for line in file.read_text().splitlines()]
+    return sorted((r["step"], r["epoch"], r["slot"], r["key"], r["seed"], r["partner"], r["mix"]) for r in records)
