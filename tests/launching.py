@@ -1,4 +1,4 @@
-"""Starting ranks for tests: real processes over gloo, forked from a server that has imported torch once (0.5-4 s a case).
+"""Starting ranks for tests: real processes, forked from a server that has imported torch once (0.5-4 s a case).
 
 Only the launcher is left out, and with it 6-8 s of imports a rank; a few tests go through the real launchers.
 """
@@ -49,7 +49,7 @@ class Job:
     ranks: list[Rank]
 
     def wait(self, timeout: float = 120) -> list[int]:
-        """Exit codes in the order of ranks (negative: a signal); what still runs at the time-out is killed and fails the test."""
+        """Exit codes in the order of ranks (negative: a signal); who is late is killed and fails the test."""
         deadline = time.monotonic() + timeout
         for rank in self.ranks:
             rank.process.join(max(0.1, deadline - time.monotonic()))
@@ -88,7 +88,9 @@ def start(
     return job
 
 
-def run(world: int, arguments: Sequence[str], cwd: Path, *, timeout: float = 120, **options: Any) -> tuple[list[int], str]:
+def run(
+    world: int, arguments: Sequence[str], cwd: Path, *, timeout: float = 120, **options: Any
+) -> tuple[list[int], str]:
     """Start, wait; (exit codes, all output)."""
     job = start(world, arguments, cwd, **options)
     return job.wait(timeout), job.output

@@ -1,4 +1,4 @@
-"""The house rules that a walk over the source can check: who imports whom, what may not be called, how long things get."""
+"""House rules that a walk over the source can check: who imports whom, what may not be called, how long things get."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_modules_stay_readable() -> None:
 
 def test_light_rooms_start_without_torch() -> None:
     code = (
-        "import sys; import vitdist.cli, vitdist.recipe.load, vitdist.data.plan, vitdist.data.views, vitdist.data.index, "
-        "vitdist.checkpoint.store, vitdist.taxonomy; sys.exit('torch' in sys.modules)"
+        "import sys; import vitdist.cli, vitdist.recipe.load, vitdist.data.plan, vitdist.data.views, "
+        "vitdist.data.index, vitdist.checkpoint.store, vitdist.taxonomy; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

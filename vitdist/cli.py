@@ -107,9 +107,9 @@ def _add_train(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("train", help="train a recipe, or go on with its run")
     parser.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
-    parser.add_argument("--debug", action="store_true", help="one process, no loader workers, tracebacks; the same numbers")
+    parser.add_argument("--debug", action="store_true", help="one process, no loader workers, tracebacks")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="where to go on from (auto)")
-    parser.add_argument("--allow-inexact-resume", action="store_true", help="go on although some state cannot be restored")
+    parser.add_argument("--allow-inexact-resume", action="store_true", help="go on though some state cannot be restored")
     parser.set_defaults(function=train)
 
 

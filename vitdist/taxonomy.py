@@ -49,7 +49,7 @@ class Taxonomy:
 
     @cached_property
     def paths(self) -> np.ndarray:
-        """int32 [num_nodes, L]: the class index of each node's ancestor (or itself) at every level, -1 where unknown."""
+        """int32 [num_nodes, L]: the class of each node's ancestor (or itself) at every level, -1 where unknown."""
         table = np.full((self.num_nodes, self.num_levels), UNKNOWN, dtype=np.int32)
         for level, parents in enumerate(self.parents):
             for index, parent in enumerate(parents):
@@ -182,5 +182,5 @@ CUB_LEVELS = ("order", "family", "genus", "species")
 
 
 def cub() -> Taxonomy:
-    """CUB-200-2011 in the tree of Barz & Denzler (CUB-Hierarchy, 2019): 13 orders, 37 families, 121 genera, 200 species."""
+    """CUB-200-2011 in the tree of Barz & Denzler (CUB-Hierarchy, 2019): 13 orders, 37 families, 121 genera."""
     return read_csv(Path(__file__).with_name("taxonomies") / "cub.csv", CUB_LEVELS)

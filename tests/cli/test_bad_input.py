@@ -1,4 +1,4 @@
-"""What a user gets wrong ends in one line, once and not per rank, with the exit code of the contract and no traceback."""
+"""What a user gets wrong is said in one line, once and not per rank, with its exit code and no traceback."""
 
 from __future__ import annotations
 

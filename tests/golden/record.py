@@ -15,7 +15,8 @@ RECIPE = """name: golden
 seed: 11
 data: {{path: {path}, image_size: 32, num_workers: 1}}
 augment: {{crop_scale: [0.4, 1.0], rotation: 10, color_jitter: 0.2, mixup: 0.3, cutmix: 0.5, erasing: 0.2}}
-model: {{backbone: vit, weights: none, patch_size: 8, embed_dim: 64, depth: 2, num_heads: 2, drop_path: 0.1, head_dropout: 0.1}}
+model: {{backbone: vit, weights: none, patch_size: 8, embed_dim: 64, depth: 2, num_heads: 2,
+  drop_path: 0.1, head_dropout: 0.1}}
 loss: {{label_smoothing: 0.1, class_weights: sqrt, l2: 1e-4}}
 optimizer: {{lr: 1e-3}}
 lr_scheduler: {{warmup: 3steps}}

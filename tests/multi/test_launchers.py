@@ -47,7 +47,8 @@ def test_half_an_environment_is_refused(tiny_recipe: Recipes, tmp_path: Path) ->
 
 
 def test_ranks_of_each_launcher() -> None:
-    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    torchrun |= {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
     assert discover(torchrun) == Ranks(3, 4, 1, 2, "torchrun")
     srun = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "2"}
     assert discover(srun) == Ranks(2, 4, 0, 2, "srun")

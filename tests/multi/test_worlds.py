@@ -80,7 +80,8 @@ def test_a_batch_that_does_not_divide_is_refused_once(tiny_recipe: Recipes, tmp_
 def test_evaluation_counts_each_sample_once(
     world: int, batch: int, workers: int, trained: Path, tmp_path: Path
 ) -> None:
-    arguments = ["evaluate", str(trained), "--out", "found", f"evaluation.batch_size={batch}", f"data.num_workers={workers}"]
+    changes = [f"evaluation.batch_size={batch}", f"data.num_workers={workers}"]
+    arguments = ["evaluate", str(trained), "--out", "found", *changes]
     codes, output = launching.run(world, arguments, tmp_path)
     assert codes == [0] * world, output
     found = json.loads((tmp_path / "found" / "test.json").read_text())

@@ -175,7 +175,7 @@ class UniformOrder:
 
 
 class WeightedOrder:
-    """Classes drawn in proportion to count**exponent: 0 is balanced, 0.5 square root. Costs memory for one epoch's rows.
+    """Classes drawn in proportion to count**exponent: 0 is balanced, 0.5 square root. Costs memory for an epoch's rows.
 
     Within a class every sample is used once before any is used again.
     """

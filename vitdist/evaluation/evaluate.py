@@ -1,4 +1,4 @@
-"""Exact evaluation: every sample of a view once, at any number of ranks, as one table that is the same on all of them."""
+"""Exact evaluation: every sample of a view once, at any number of ranks, as one table that all of them have."""
 
 from __future__ import annotations
 

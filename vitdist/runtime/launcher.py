@@ -19,7 +19,7 @@ DEFAULTS = {
 
 
 def check_launcher(precision: str, *, compile_model: bool, environment: Mapping[str, str] = os.environ) -> None:
-    """UsageError naming the variable and the recipe's key when a launcher's flag or config file contradicts the recipe."""
+    """UsageError naming the variable and the recipe's key when a launcher contradicts the recipe."""
     compiled = {"inductor", "INDUCTOR"} if compile_model else set()
     says = {
         "ACCELERATE_MIXED_PRECISION": ("train.precision", precision, {precision}),
@@ -33,6 +33,6 @@ def check_launcher(precision: str, *, compile_model: bool, environment: Mapping[
         value = environment.get(name, "")
         if value not in DEFAULTS[name] and value not in agreeing:
             raise UsageError(
-                f"the launcher says {name}={value} (a flag or Accelerate's config file), the recipe says {key}: {ours}; "
-                f"the recipe decides: drop the flag, or set {key}"
+                f"the launcher says {name}={value} (a flag or Accelerate's config file), "
+                f"the recipe says {key}: {ours}; the recipe decides: drop the flag, or set {key}"
             )

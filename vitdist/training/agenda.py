@@ -9,7 +9,7 @@ from vitdist.training.step import Report
 
 
 class Agenda:
-    """Answers by the job's state. Steps and epochs are the same everywhere; the clock is rank 0's wish, agreed in reports."""
+    """Steps and epochs are the same on every rank; the clock is rank 0's wish, agreed on in reports."""
 
     def __init__(self, job: Job) -> None:
         self._job = job

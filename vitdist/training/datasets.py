@@ -1,4 +1,4 @@
-"""What a recipe's data section stands for: the packed set, the class tree to learn, and the views that train and choose."""
+"""What a recipe's data section stands for: the packed set, the tree to learn, the views that train and choose."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Selection:
         return self.view.num_samples
 
     def describe(self) -> dict[str, Any]:
-        """What splits/<name>.json holds: the count, and a hash of the rows by which two runs' splits can be compared."""
+        """What splits/<name>.json holds: the count, and a hash of the rows to compare two runs' splits by."""
         rows = self.view.rows(0, self.view.num_samples)
         digest = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
         return {"name": self.name, "split": self.split.name, "samples": len(rows), "sha256": digest}
@@ -43,7 +43,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Datasets:
-    """Everything a run reads. targets int32 [num_nodes of the packed tree, L] turns packed labels into class indices."""
+    """Everything a run reads. targets int32 [num_nodes of the packed tree, L] turns packed labels into classes."""
 
     index: DatasetIndex
     tree: Taxonomy
@@ -70,6 +70,8 @@ def open_datasets(recipe: Recipe) -> Datasets:
     split.check_shards()
     train, val = _views(recipe, index, split)
     labels = np.asarray(split.samples["label"])[train.view.rows(0, train.num_samples)]
+    if not 0 <= labels.min() <= labels.max() < len(targets):
+        raise DataError(f"{recipe.data.path} has a label outside its class tree; `vitdist data verify` says where")
     if (targets[labels] < 0).all(axis=1).any():
         raise DataError(f"{recipe.data.taxonomy} knows nothing of some classes of {recipe.data.path}; add them to it")
     return Datasets(index, tree, targets, train, val)
@@ -113,7 +115,7 @@ def choose_tree(index: DatasetIndex, csv_path: str | None, levels: tuple[str, ..
 
 
 def _tree_of(path: Path, packed: Taxonomy) -> Taxonomy:
-    """The tree of a CSV over the packed set's classes: columns named like packed levels, and `class_name` the finest."""
+    """The tree of a CSV over the packed classes: columns named like packed levels, `class_name` the finest."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows: list[Mapping[str, str]] = list(csv.DictReader(file))

@@ -1,4 +1,4 @@
-"""Skipping bad steps on the device: a gradient that is not finite changes nothing, and too many in a row stop everything.
+"""Skipping bad steps on the device: a gradient that is not finite changes nothing, too many stop everything.
 
 After DDP's reduction the gradient norm is the same on all ranks, so they agree without a word, and without reading
 anything back: the counters stay on the device and travel with the step's report.

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes: metrics.jsonl, its copy at W&B, the progress line, and the samples it used."""
+"""What a run leaves behind while it goes: metrics.jsonl, its copy at W&B, the progress line, the samples used."""
 
 from __future__ import annotations
 

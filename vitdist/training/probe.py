@@ -1,6 +1,6 @@
 """Starting the head from a linear probe on the frozen backbone.
 
-A random head sends noise through a pretrained backbone in the first steps and distorts its features; a head that already
+A random head sends noise through a pretrained backbone in the first steps and distorts its features; one that already
 separates the classes does not (Kumar et al., "Fine-Tuning can Distort Pretrained Features", ICLR 2022).
 """
 
@@ -29,11 +29,17 @@ INVERSE_PENALTY = 0.1  # of the logistic regression on standardised features
 
 
 def start_from_probe(
-    engine: Engine, recipe: Recipe, model: Classifier, datasets: Datasets, preprocessing: Preprocessing, *, num_workers: int
+    engine: Engine,
+    recipe: Recipe,
+    model: Classifier,
+    datasets: Datasets,
+    preprocessing: Preprocessing,
+    *,
+    num_workers: int,
 ) -> None:
     """Fit each level's classifier on the features it sees of the training view. Collective.
 
-    Every rank extracts its share of the features; rank 0 fits, and DDP broadcasts its weights when the model is prepared.
+    Every rank extracts its share of the features; rank 0 fits, and its weights are broadcast when the model is prepared.
     """
     features, targets = _features(engine, recipe, model, datasets, preprocessing, num_workers)
 
