@@ -109,7 +109,7 @@ def _add_train(subparsers: Subparsers) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
     parser.add_argument("--debug", action="store_true", help="one process, no loader workers, tracebacks")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="where to go on from (auto)")
-    parser.add_argument("--allow-inexact-resume", action="store_true", help="go on though some state cannot be restored")
+    parser.add_argument("--allow-inexact-resume", action="store_true", help="go on if some state cannot be restored")
     parser.set_defaults(function=train)
 
 

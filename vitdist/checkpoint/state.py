@@ -117,7 +117,7 @@ def on_host(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`name/key` -> tensor for every parameter's state; names are the model's, so the order of groups does not matter."""
+    """`name/key` -> tensor for every parameter's state; names are the model's, so groups may change their order."""
     tensors = {}
     for name, parameter in _named(optimizer):
         for key, value in optimizer.state.get(parameter, {}).items():

@@ -43,7 +43,7 @@ def on_main(engine: Engine, work: Callable[[], Any]) -> Any:
 
 
 def everywhere(engine: Engine, work: Callable[[], Any]) -> Any:
-    """Run `work` on every rank; when it fails on any, all raise, and only the lowest failing rank speaks. Collective."""
+    """Run `work` on every rank; when it fails on any, all raise, and the lowest failing rank speaks. Collective."""
     failure: BaseException | None = None
     value: Any = None
     try:

@@ -68,7 +68,7 @@ class Engine:
     # ---- the model
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model on its device, in its precision, joined to the other ranks. Collective: DDP broadcasts rank 0's weights."""
+        """The model on its device, in its precision, joined to the other ranks by rank 0's weights. Collective."""
         prepared: nn.Module = self._accelerator.prepare_model(model.to(self.device))
         return prepared
 
@@ -103,7 +103,7 @@ class Engine:
     # ---- collectives
 
     def sum_later(self, tensor: torch.Tensor) -> PendingSum:
-        """Start summing a small tensor over all ranks; its values are read later, without stopping the device. Collective."""
+        """Start summing a small tensor over all ranks, to be read later without stopping the device. Collective."""
         work = dist.all_reduce(tensor, async_op=True) if self.world > 1 else None
         return PendingSum(tensor, work)
 
@@ -208,7 +208,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def set_threads(ranks: Ranks, number: int | None = None) -> int:
-    """Set the number of CPU threads, since it changes bits: `number`, else this rank's share of the cores it may use."""
+    """Set the number of CPU threads, which changes bits: `number`, else this rank's share of the cores it may use."""
     cores = len(os.sched_getaffinity(0))
     number = number or max(1, min(16, cores // ranks.local_world))
     torch.set_num_threads(number)
@@ -228,7 +228,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _wants_cpu() -> bool:
-    """CPU when asked by ACCELERATE_USE_CPU or when there is no GPU; ResourceError when an allocation's GPUs are unseen."""
+    """CPU when asked by ACCELERATE_USE_CPU or when there is no GPU; ResourceError when a job's GPUs are unseen."""
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on"):
         return True
     if torch.cuda.is_available():

@@ -33,7 +33,7 @@ SINGLE = Ranks(0, 1, 0, 1, "none")
 def discover(environment: Mapping[str, str] = os.environ) -> Ranks:
     """The ranks of torchrun or accelerate launch, of srun (one task a rank), or a single process.
 
-    UsageError names what is missing when the launcher's variables are half set: going on would start N unconnected runs.
+    UsageError names what is missing when the launcher's variables are half set: N unconnected runs would start.
     """
     present = [name for name in LAUNCHER_VARIABLES if environment.get(name)]
     if present:

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Job:
-    """One training. `model` is the plain module, `wrapped` what the engine made of it; `state` is what is saved of the rest."""
+    """One training. `model` is the plain module, `wrapped` what the engine made of it; `state` is saved."""
 
     recipe: Recipe
     run_dir: Path
@@ -166,7 +166,8 @@ def load_model(model: nn.Module, folder: Path, tree_json: Any) -> None:
 def _check_tree(found: Any, wanted: Any, folder: Path) -> None:
     if found != wanted:
         raise CheckpointError(
-            f"{folder} was trained on another class tree; give out=... for a new run, or model.weights={folder} to start from it"
+            f"{folder} was trained on another class tree; give out=... for a new run, "
+            f"or model.weights={folder} to start from it"
         )
 
 

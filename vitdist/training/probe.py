@@ -39,7 +39,7 @@ def start_from_probe(
 ) -> None:
     """Fit each level's classifier on the features it sees of the training view. Collective.
 
-    Every rank extracts its share of the features; rank 0 fits, and its weights are broadcast when the model is prepared.
+    Every rank extracts its share of the features; rank 0 fits, and its weights go to all when the model is prepared.
     """
     features, targets = _features(engine, recipe, model, datasets, preprocessing, num_workers)
 

@@ -1,4 +1,4 @@
-"""All that must survive a stop, in one dataclass; with the tensors of model, optimizer, EMA and generators it is a checkpoint."""
+"""All that must survive a stop, in one dataclass; with the tensors of model, optimizer and EMA it is a checkpoint."""
 
 from __future__ import annotations
 
