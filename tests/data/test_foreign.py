@@ -21,8 +21,8 @@ from PIL import Image
 from vitdist.data.foreign import expand, index_foreign, split_of
 from vitdist.data.index import DatasetIndex, load_index, read_key
 from vitdist.data.labels import LabelReader
-from vitdist.data.trees import read_tree
 from vitdist.data.remote import Patience
+from vitdist.data.trees import read_tree
 from vitdist.data.verify import verify
 from vitdist.errors import DataError, UsageError
 

@@ -17,6 +17,7 @@ from vitdist.taxonomy import Taxonomy
 JSON_KEYS = ("labels", "label", "class_name", "class", "cls", "target", "species", "category", "category_id")
 CLS = "cls"
 SINGLE_LEVEL = "class"
+MAX_NAME = 1000
 MAX_CLASSES = 1_000_000
 Value = int | str | tuple[tuple[str, str], ...]
 """A class number, a class name, or names by level."""
@@ -68,6 +69,8 @@ class LabelReader:
         if isinstance(value, bool) or not isinstance(value, (int, str)) or value == "":
             raise DataError(f"its label {str(value)[:60]!r} is neither a number nor a name")
         digits = str(value)
+        if len(digits) > MAX_NAME or not digits.isprintable():
+            raise DataError(f"its label {ascii(digits[:30])} is no name")
         if self.is_number is None:
             self.is_number = digits.isascii() and digits.isdigit()
         if not self.is_number:

@@ -10,10 +10,13 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from vitdist.data.cache import is_deleted, touch
 from vitdist.data.index import Split, read_key
 from vitdist.data.remote import RemoteError
 from vitdist.data.remote_set import needed, wanted_shard
+from vitdist.data.shard_content import MAX_IMAGE
 from vitdist.data.tar import DamagedShard
 
 MAX_OPEN_FILES = 64
@@ -57,7 +60,7 @@ class ShardReader:
 
     def read(self, row: int) -> bytes:
         """The image's bytes, exactly as indexed; DamagedSample otherwise. ResourceError where a cache has no room."""
-        record = self._split.samples[row]
+        record = self._record(row)
         shard, offset, length = int(record["shard"]), int(record["offset"]), int(record["length"])
         try:
             data = self._pread(shard, length, offset)
@@ -67,6 +70,8 @@ class ShardReader:
                 is_whole = zlib.crc32(data) == int(record["checksum"])
         except RemoteError as error:
             raise self.damaged(row, error.kind, error.detail) from None
+        except OverflowError:
+            raise self.damaged(row, "index", f"no file has a byte {offset}") from None
         except OSError as error:
             raise self.damaged(row, "unreadable", error.strerror or str(error)) from None
         if len(data) != length:
@@ -77,16 +82,25 @@ class ShardReader:
 
     def key(self, row: int) -> str:
         """The sample's key as its tar header has it; DamagedSample when the header is not the row's."""
-        record = self._split.samples[row]
+        record = self._record(row)
         try:
             return read_key(self._file(int(record["shard"])), record)
-        except (OSError, DamagedShard, RemoteError) as error:
+        except (OSError, OverflowError, DamagedShard, RemoteError) as error:
             raise self.damaged(row, "header", str(error)) from None
+
+    def _record(self, row: int) -> np.void:
+        """A row of the table, which may be a stranger's."""
+        record: np.void = self._split.samples[row]
+        if record["shard"] >= len(self._split.shards):
+            raise self.damaged(row, "index", f"it names shard {record['shard']} of {len(self._split.shards)}")
+        if record["length"] > MAX_IMAGE:
+            raise self.damaged(row, "too large", f"{record['length']} bytes (cap {MAX_IMAGE})")
+        return record
 
     def damaged(self, row: int, kind: str, detail: str) -> DamagedSample:
         """The record of a damage at a row, ready to raise."""
-        record = self._split.samples[row]
-        shard = self._split.shards[int(record["shard"])].path
+        record, shards = self._split.samples[row], self._split.shards
+        shard = shards[record["shard"]].path if record["shard"] < len(shards) else self._split.table.path
         return DamagedSample(Damage(row, shard, int(record["offset"]), kind, detail))
 
     def close(self) -> None:

@@ -54,6 +54,7 @@ class Datasets:
     def test(self, split: str = "test") -> Selection:
         """A whole split, to evaluate on."""
         found = self.index.split(split)
+        _check_labels(self.index.root, np.asarray(found.samples["label"]), len(self.targets))
         return Selection(split, found, everything(found.shard_starts))
 
     def train_labels(self) -> np.ndarray:
@@ -70,11 +71,16 @@ def open_datasets(recipe: Recipe) -> Datasets:
     split.check_shards()
     train, val = _views(recipe, index, split)
     labels = np.asarray(split.samples["label"])[train.view.rows(0, train.num_samples)]
-    if not 0 <= labels.min() <= labels.max() < len(targets):
-        raise DataError(f"{recipe.data.path} has a label outside its class tree; `vitdist data verify` says where")
+    _check_labels(recipe.data.path, labels, len(targets))
     if (targets[labels] < 0).all(axis=1).any():
         raise DataError(f"{recipe.data.taxonomy} knows nothing of some classes of {recipe.data.path}; add them to it")
     return Datasets(index, tree, targets, train, val)
+
+
+def _check_labels(path: str | Path, labels: np.ndarray, num_nodes: int) -> None:
+    """DataError when a table that somebody else wrote has labels that mean nothing."""
+    if labels.size and not 0 <= labels.min() <= labels.max() < num_nodes:
+        raise DataError(f"{path} has a label outside its class tree; vitdist data verify says in which table")
 
 
 def cache_of(recipe: Recipe) -> ShardCache | None:
