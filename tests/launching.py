@@ -65,9 +65,14 @@ class Job:
 
 
 def start(
-    world: int, arguments: Sequence[str], cwd: Path, *, env: Mapping[str, str] | None = None
+    world: int,
+    arguments: Sequence[str],
+    cwd: Path,
+    *,
+    env: Mapping[str, str] | None = None,
+    folders: Mapping[int, Path] | None = None,
 ) -> Job:
-    """Start `vitdist ARGUMENTS` on some ranks in a folder."""
+    """Start `vitdist ARGUMENTS` on some ranks in a folder, or some of them each in its own (`folders`)."""
     port = free_port()
     job = Job([])
     for rank in range(world):
@@ -82,7 +87,9 @@ def start(
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-        process = _context.Process(target=_become, args=(list(arguments), str(cwd), settings, str(log), rank))
+        process = _context.Process(
+            target=_become, args=(list(arguments), str((folders or {}).get(rank, cwd)), settings, str(log), rank)
+        )
         process.start()
         job.ranks.append(Rank(process, log))
     return job

@@ -48,7 +48,7 @@ def save(saver: Saver, step: int, **options: float) -> None:
 
 def test_the_training_goes_on_while_the_thread_writes(tmp_path: Path) -> None:
     gate = threading.Event()
-    store = Store(tmp_path, mark=lambda phase: gate.wait(20) and None)
+    store = Store(tmp_path, mark=lambda phase, step: gate.wait(20) and None)
     saver = Saver(store, may=may)
     save(saver, 1)
     assert store.published() == [] and saver.busy_seconds > 0, "save returned before anything was published"

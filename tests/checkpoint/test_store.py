@@ -236,7 +236,7 @@ def test_going_on_from_an_earlier_step_sets_the_later_ones_aside(tmp_path: Path)
 
 @pytest.mark.parametrize("phase", ["before-manifest", "before-publish"])
 def test_a_failure_while_staging_leaves_the_old_one_and_nothing_else(phase: str, tmp_path: Path) -> None:
-    def mark(passed: str) -> None:
+    def mark(passed: str, step: int) -> None:
         if passed == phase and armed:
             raise OSError(28, "No space left on device")
 

@@ -24,12 +24,12 @@ RUN_ID = ".run"
 _STAGE = ".stage_"
 _ASIDE = "aside_"
 _MAX_POINTER = 256
-Mark = Callable[[str], None]
+Mark = Callable[[str, int], None]
 
 log = logging.getLogger(__name__)
 
 
-def _nowhere(phase: str) -> None:
+def _nowhere(phase: str, step: int) -> None:
     """The default of `mark`: nothing happens where a fault could."""
 
 
@@ -50,7 +50,12 @@ class Store:
 
     def __init__(self, run_dir: Path, *, mark: Mark = _nowhere) -> None:
         self.folder = run_dir / FOLDER
-        self.mark = mark
+        self._mark = mark
+        self._step = 0  # of the newest publication
+
+    def mark(self, phase: str) -> None:
+        """Pass a place at which tests let things fail."""
+        self._mark(phase, self._step)
 
     def path_of(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
@@ -60,6 +65,7 @@ class Store:
 
         `may` is called right before the rename and raises when this process must not publish any more (a lost lock).
         """
+        self._step = step
         final = self.path_of(step)
         stage = self.folder / f"{_STAGE}{step:08d}"
         self.folder.mkdir(parents=True, exist_ok=True)

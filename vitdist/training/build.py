@@ -64,7 +64,7 @@ def build_job(
     model = everywhere(
         engine, lambda: assemble.build_model(recipe, datasets.tree, weights=None if checkpoint is None else "none")
     ).to(engine.device)
-    store = Store(Path(recipe.out), mark=lambda phase: faults.point(phase, job.state.step))
+    store = Store(Path(recipe.out), mark=faults.point)
     job = Job(
         recipe=recipe,
         run_dir=Path(recipe.out),

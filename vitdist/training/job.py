@@ -178,6 +178,9 @@ def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -
         raise CheckpointError(f"{folder} does not fit this model: {' '.join(str(error).split())[:300]}") from None
 
 
+_STRANGE = (KeyError, IndexError, TypeError, ValueError, AttributeError)  # what a foreign state makes its readers raise
+
+
 def restore(job: Job, folder: Path, *, allow_inexact: bool) -> TrainState:
     """Put a checkpoint back into a freshly built job, and return its plain state. Collective.
 
@@ -191,10 +194,10 @@ def restore(job: Job, folder: Path, *, allow_inexact: bool) -> TrainState:
     everywhere(job.engine, lambda: _load_strictly(job.model, weights, folder))
     try:
         return _restore_training(job, read)
-    except (KeyError, IndexError, TypeError, ValueError, VitdistError) as error:
+    except (*_STRANGE, VitdistError) as error:
+        if not allow_inexact and isinstance(error, FailedElsewhere):
+            raise FailedElsewhere(CheckpointError.exit_code, error.rank, str(error)) from None
         if not allow_inexact:
-            if isinstance(error, FailedElsewhere):
-                raise
             raise CheckpointError(
                 f"{folder} cannot be restored exactly: {error}; --allow-inexact-resume goes on from its weights"
             ) from None
