@@ -17,12 +17,15 @@ Progress = Callable[[int, int], None]
 
 def register(subparsers: Any) -> None:
     """Add the `data` command; each action sets `function(options) -> exit code`."""
+    from vitdist.data.table_command import add_table
+
     data = subparsers.add_parser("data", help="make, index and verify packed data sets")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_cub(actions)
     _add_folder(actions)
     _add_demo(actions)
     _add_index(actions)
+    add_table(actions)
     verify = actions.add_parser("verify", help="read every shard, member and hash of a packed set")
     verify.add_argument("path", metavar="PATH")
     verify.set_defaults(function=run_verify)
@@ -30,13 +33,13 @@ def register(subparsers: Any) -> None:
 
 def _add_cub(actions: Any) -> None:
     parser = actions.add_parser("cub", help="pack CUB-200-2011 (folder or .tgz; all classes or some)")
-    _add_packing(parser, "the CUB_200_2011 folder, or CUB_200_2011.tgz")
+    add_packing_options(parser, "the CUB_200_2011 folder, or CUB_200_2011.tgz")
     parser.set_defaults(function=run_cub)
 
 
 def _add_folder(actions: Any) -> None:
     parser = actions.add_parser("folder", help="pack one folder per class, with or without train/, val/ and test/")
-    _add_packing(parser, "the folder that holds a folder per class (or train/ and test/ with those)")
+    add_packing_options(parser, "the folder that holds a folder per class (or train/ and test/ with those)")
     parser.add_argument(
         "--test-fraction", type=float, default=0.2, help="share of each class for test if there is no test/ (0.2)"
     )
@@ -64,22 +67,22 @@ def _add_index(actions: Any) -> None:
     )
     parser.add_argument("--classes", metavar="FILE", help="class names, a line each, for labels 0, 1...")
     parser.add_argument("--group-key", metavar="KEY", default="group", help="json key of what belongs together")
-    _add_tree(parser)
+    add_tree_options(parser)
     parser.set_defaults(function=run_index)
 
 
-def _add_packing(parser: argparse.ArgumentParser, source: str) -> None:
-    parser.add_argument("source", metavar="SOURCE", help=source)
+def add_packing_options(parser: argparse.ArgumentParser, source: str, metavar: str = "SOURCE") -> None:
+    parser.add_argument("source", metavar=metavar, help=source)
     parser.add_argument("out", metavar="OUT", help="the packed folder; appears complete or not at all")
     parser.add_argument("--short-side", type=int, metavar="PX", help="shrink to this short side (JPEG 90)")
     parser.add_argument("--seed", type=int, default=0, help="of the order within and across shards (default 0)")
     parser.add_argument(
         "--shard-bytes", type=int, default=128 << 20, metavar="BYTES", help="aimed size of a shard at most (128 MiB)"
     )
-    _add_tree(parser)
+    add_tree_options(parser)
 
 
-def _add_tree(parser: argparse.ArgumentParser) -> None:
+def add_tree_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--taxonomy", metavar="CSV", help="class tree: one row a class, columns from coarse to fine")
     parser.add_argument("--levels", metavar="A,B,C", help="the levels, coarse to fine: columns, folders or json keys")
     parser.add_argument("--name", help="the set's name in its index")
@@ -94,15 +97,15 @@ def run_cub(options: argparse.Namespace) -> int:
     from vitdist.data.staging import require_space, staged
 
     source, out = Path(options.source), Path(options.out)
-    before = _hash(out)
+    before = hash_at(out)
     with staged(out, overwrite=options.overwrite) as stage:
         spool = stage / "spool"
         if source.is_file():
             require_space(stage, 2 * source.stat().st_size)  # the spool and the shards
-        taxonomy, samples = read_cub(source, taxonomy=_taxonomy(options), spool=spool)
-        write_packed(samples, taxonomy, stage, _packing(options, "cub", "cub"), progress=progress("packing"))
+        taxonomy, samples = read_cub(source, taxonomy=taxonomy_of(options), spool=spool)
+        write_packed(samples, taxonomy, stage, packing_of(options, "cub", "cub"), progress=progress("packing"))
         spool.unlink(missing_ok=True)
-    _report(load_index(out), before)
+    report_packed(load_index(out), before)
     return 0
 
 
@@ -112,18 +115,18 @@ def run_folder(options: argparse.Namespace) -> int:
     from vitdist.data.pack import pack
 
     out = Path(options.out)
-    before = _hash(out)
+    before = hash_at(out)
     found = read_folder(
         options.source,
-        taxonomy=_taxonomy(options),
-        levels=_levels(options),
+        taxonomy=taxonomy_of(options),
+        levels=levels_of(options),
         test_fraction=options.test_fraction,
         seed=options.seed,
     )
-    packing = _packing(options, "folder", Path(options.source).absolute().name)
+    packing = packing_of(options, "folder", Path(options.source).absolute().name)
     show = progress("packing")
     index = pack(found.samples, found.taxonomy, out, packing, overwrite=options.overwrite, progress=show)
-    _report(index, before, found.notes)
+    report_packed(index, before, found.notes)
     return 0
 
 
@@ -135,14 +138,14 @@ def run_demo(options: argparse.Namespace) -> int:
     from vitdist.data.staging import staged
 
     out = Path(options.out)
-    before = _hash(out)
+    before = hash_at(out)
     with staged(out, overwrite=options.overwrite, owned=("source",)) as stage:
         source = stage / "source"
         draw_demo(source, options.seed, options.train_per_class, options.test_per_class)
         taxonomy, samples = read_cub(source, taxonomy=demo_taxonomy())
         packing = Packing("demo", seed=options.seed, source={"source": "demo"})
         write_packed(samples, taxonomy, stage, packing, progress=progress("packing"))
-    _report(load_index(out), before)
+    report_packed(load_index(out), before)
     return 0
 
 
@@ -151,15 +154,15 @@ def run_index(options: argparse.Namespace) -> int:
     from vitdist.data.foreign import index_foreign
     from vitdist.data.labels import LabelReader
 
-    taxonomy = _taxonomy(options)
+    taxonomy = taxonomy_of(options)
     reader = LabelReader(
         where=options.label_key,
-        levels=None if taxonomy is not None and options.label_key else _levels(options),
+        levels=None if taxonomy is not None and options.label_key else levels_of(options),
         class_names=_class_names(options.classes),
         taxonomy=taxonomy,
         group_key=options.group_key,
     )
-    before = _hash(Path(options.out))
+    before = hash_at(Path(options.out))
     found = index_foreign(
         options.shards,
         options.out,
@@ -171,7 +174,7 @@ def run_index(options: argparse.Namespace) -> int:
     )
     for line in found.skipped:
         print(f"left out: {line}", file=sys.stderr)
-    _report(found.index, before, found.notes)
+    report_packed(found.index, before, found.notes)
     return 0
 
 
@@ -206,7 +209,7 @@ def progress(what: str) -> Progress | None:
     return show
 
 
-def _report(index: DatasetIndex, before: str | None, notes: Sequence[str] = ()) -> None:
+def report_packed(index: DatasetIndex, before: str | None, notes: Sequence[str] = ()) -> None:
     """What now lies there, and what to type next."""
     num_samples = sum(split.num_samples for split in index.splits.values())
     verb = "already held" if before == index.hash else "now holds"
@@ -227,14 +230,14 @@ def _report(index: DatasetIndex, before: str | None, notes: Sequence[str] = ()) 
     print(f"next: vitdist data verify {index.root}; then train with data.path={index.root}")
 
 
-def _hash(out: Path) -> str | None:
+def hash_at(out: Path) -> str | None:
     try:
         return load_index(out).hash if (out / INDEX_NAME).is_file() else None
     except DataError:
         return None
 
 
-def _packing(options: argparse.Namespace, source: str, name: str) -> Any:
+def packing_of(options: argparse.Namespace, source: str, name: str) -> Any:
     from vitdist.data.pack import Packing
 
     return Packing(
@@ -247,7 +250,7 @@ def _packing(options: argparse.Namespace, source: str, name: str) -> Any:
     )
 
 
-def _levels(options: argparse.Namespace) -> list[str] | None:
+def levels_of(options: argparse.Namespace) -> list[str] | None:
     if options.levels is None:
         return None
     levels = [level.strip() for level in options.levels.split(",")]
@@ -256,10 +259,10 @@ def _levels(options: argparse.Namespace) -> list[str] | None:
     return levels
 
 
-def _taxonomy(options: argparse.Namespace) -> Any:
+def taxonomy_of(options: argparse.Namespace) -> Any:
     from vitdist.data.trees import read_tree
 
-    return read_tree(options.taxonomy, _levels(options)) if options.taxonomy else None
+    return read_tree(options.taxonomy, levels_of(options)) if options.taxonomy else None
 
 
 def _class_names(path: str | None) -> list[str] | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 
+from vitdist.data.draw import TEST_FRACTION, digest_of, draw_test, unseen_classes
 from vitdist.data.keys import plain
 from vitdist.data.sources import SourceSample, whole_file
 from vitdist.data.trees import is_tree, labels_by_name, tree_of
@@ -17,7 +16,6 @@ from vitdist.taxonomy import Taxonomy
 
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-TEST_FRACTION = 0.2
 
 
 @dataclass(frozen=True)
@@ -61,22 +59,19 @@ def read_folder(
         labels, tree = _labels_of_tree(files, taxonomy, source)
     splits = [file.split or "" for file in files]
     if files[0].split is None:
-        splits = _draw_test(files, labels, source, test_fraction, seed)
+        names = [file.path.relative_to(source).as_posix() for file in files]
+        splits = draw_test(names, labels, fraction=test_fraction, seed=seed)
         drawn = f"test: {splits.count('test')} of {len(files)} drawn by class with seed {seed}"
         notes.append(f"no train/ and test/ folders; {drawn} (--test-fraction {test_fraction})")
-    notes += _unseen(splits, labels)
+    notes += unseen_classes(splits, labels)
     return FolderSet(tree, [_sample(*item, source) for item in zip(files, splits, labels, strict=True)], notes)
 
 
 def _sample(file: _File, split: str, labels: dict[str, str], source: Path) -> SourceSample:
     path = file.path.relative_to(source).as_posix()
-    key = f"{plain(file.path.stem)}-{_digest(path)[:12]}"
+    key = f"{plain(file.path.stem)}-{digest_of(path)[:12]}"
     details = {"path": path, "class": list(labels.values())[-1]}
     return SourceSample(key, split, labels, whole_file(file.path), str(file.path), details=details)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _find(source: Path) -> tuple[list[_File], list[str]]:
@@ -139,34 +134,3 @@ def _labels_of_tree(files: list[_File], taxonomy: Taxonomy, source: Path) -> tup
             raise DataError(f"{file.path}: the class tree given has no class named {file.folders[-1]!r}")
     paths = [known[file.folders[-1]] for file in files]
     return paths, tree_of(taxonomy.levels, paths)
-
-
-def _draw_test(files: list[_File], labels: list[dict[str, str]], source: Path, fraction: float, seed: int) -> list[str]:
-    """'train' or 'test' for each file: of every class with two or more photographs at least one is in each."""
-    by_class: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for position, path in enumerate(labels):
-        by_class[tuple(path.values())].append(position)
-    splits = ["train"] * len(files)
-
-    def rank(position: int) -> str:
-        return _digest(f"{seed}/{PurePath(files[position].path).relative_to(source).as_posix()}")
-
-    for members in by_class.values():
-        num_test = round(fraction * len(members))
-        if fraction and len(members) > 1:
-            num_test = min(max(num_test, 1), len(members) - 1)
-        for position in sorted(members, key=rank)[:num_test]:
-            splits[position] = "test"
-    return splits
-
-
-def _unseen(splits: list[str], labels: list[dict[str, str]]) -> list[str]:
-    """A note for each split with classes that training never sees."""
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for split, path in zip(splits, labels, strict=True):
-        counts[split][list(path.values())[-1]] += 1
-    notes = []
-    for split in sorted(set(counts) - {"train"}):
-        if missing := sorted(counts[split].keys() - counts["train"].keys()):
-            notes.append(f"{split} has {len(missing)} classes that train has not: {', '.join(missing[:3])}...")
-    return notes

@@ -52,6 +52,7 @@ def pack(
     packing: Packing,
     *,
     overwrite: bool = False,
+    left_out: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> DatasetIndex:
     """Pack samples into the folder `out`, which appears complete or not at all; `staged` says what may stand there.
@@ -59,7 +60,7 @@ def pack(
     DataError names the first image that is none, UsageError another set at `out`, ResourceError a full disk.
     """
     with staged(Path(out), overwrite=overwrite) as stage:
-        write_packed(samples, taxonomy, stage, packing, progress=progress)
+        write_packed(samples, taxonomy, stage, packing, left_out=left_out, progress=progress)
     return load_index(out)
 
 
@@ -69,13 +70,18 @@ def write_packed(
     folder: Path,
     packing: Packing,
     *,
+    left_out: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> DatasetIndex:
-    """Write shards, tables and index into a folder of the caller's; `pack` without its staging."""
+    """Write shards, tables and index into a folder of the caller's; `pack` without its staging.
+
+    `left_out` names what the source itself could not give, a line each; it is listed with the bad photographs.
+    """
     _check(samples, packing)
     if packing.short_side is None:
         require_space(folder, sum(sample.image.num_bytes + MEMBER_OVERHEAD for sample in samples))
     writer = _Writer(packing, _group_ids(samples), len(samples), progress)
+    writer.skipped += left_out
     paths: dict[str, list[str | Path]] = {}
     for split in sorted({sample.split for sample in samples}, key=_split_order):
         chosen = in_packed_order([sample for sample in samples if sample.split == split], packing.seed)
