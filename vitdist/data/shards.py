@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from vitdist.data.cache import is_deleted, touch
-from vitdist.data.index import Split, read_key
+from vitdist.data.index import Split, key_of, read_key
 from vitdist.data.remote import RemoteError
 from vitdist.data.remote_set import needed, wanted_shard
 from vitdist.data.shard_content import MAX_IMAGE
-from vitdist.data.tar import DamagedShard
+from vitdist.data.tar import BLOCK, MAX_HEADER_BLOCKS, DamagedShard
 
 MAX_OPEN_FILES = 64
+ONE_REQUEST = 1 << 20  # a header is read with its data, and cut off by a copy, up to this length
 FORGET = 60.0  # seconds after which a shard that could not be fetched is asked for again
 
 
@@ -61,23 +62,28 @@ class ShardReader:
     def read(self, row: int) -> bytes:
         """The image's bytes, exactly as indexed; DamagedSample otherwise. ResourceError where a cache has no room."""
         record = self._record(row)
-        shard, offset, length = int(record["shard"]), int(record["offset"]), int(record["length"])
+        shard, length = int(record["shard"]), int(record["length"])
+        head = min(int(record["header_blocks"]), MAX_HEADER_BLOCKS) * BLOCK  # read with the data: one request
+        start = int(record["offset"]) - head
+        if start < 0:
+            raise self.damaged(row, "index", f"its header would begin {-start} bytes before the shard")
         try:
-            data = self._pread(shard, length, offset)
+            header, data = self._member(shard, start, head, length)
             is_whole = zlib.crc32(data) == int(record["checksum"])
             if not is_whole and self._is_remote and self._refill(shard):
-                data = self._pread(shard, length, offset)
+                header, data = self._member(shard, start, head, length)
                 is_whole = zlib.crc32(data) == int(record["checksum"])
         except RemoteError as error:
             raise self.damaged(row, error.kind, error.detail) from None
         except OverflowError:
-            raise self.damaged(row, "index", f"no file has a byte {offset}") from None
+            raise self.damaged(row, "index", f"no file has a byte {start}") from None
         except OSError as error:
             raise self.damaged(row, "unreadable", error.strerror or str(error)) from None
         if len(data) != length:
             raise self.damaged(row, "truncated", f"{len(data)} of {length} bytes are there")
         if not is_whole:
             raise self.damaged(row, "checksum", "these are not the bytes that were indexed")
+        self._check_header(row, header, record)
         return data
 
     def key(self, row: int) -> str:
@@ -107,6 +113,19 @@ class ShardReader:
         while self._open:
             os.close(self._open.popitem()[1])
 
+    def _member(self, shard: int, start: int, head: int, length: int) -> tuple[bytes, bytes]:
+        """(header blocks, image) of a member, as far as the file goes."""
+        if length > ONE_REQUEST:
+            return self._pread(shard, head, start), self._pread(shard, length, start + head)
+        found = self._pread(shard, head + length, start)
+        return found[:head], found[head:]
+
+    def _check_header(self, row: int, header: bytes, record: np.void) -> None:
+        try:
+            key_of(header, record)
+        except DamagedShard as error:
+            raise self.damaged(row, "header", error.detail) from None
+
     def _pread(self, shard: int, length: int, offset: int) -> bytes:
         try:
             return os.pread(self._file(shard), length, offset)
@@ -135,7 +154,8 @@ class ShardReader:
     def _open_shard(self, shard: int) -> int:
         wanted = wanted_shard(self._split, shard) if self._is_remote else None
         if wanted is None:
-            return os.open(self._split.shard_file(shard), os.O_RDONLY | os.O_CLOEXEC)
+            # a pipe in a shard's place would be waited for
+            return os.open(self._split.shard_file(shard), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         for number in [number for number, descriptor in self._open.items() if is_deleted(descriptor)]:
             os.close(self._open.pop(number))
         until, failure = self._failed.get(shard, (0.0, None))

@@ -144,8 +144,9 @@ class _Entry:
         """(size, type) of a header block whose checksum holds."""
         stated = self._number(block[148:156], "checksum")
         rest = block[:148] + b" " * 8 + block[156:]
-        signed = sum(rest) - 256 * sum(byte > 127 for byte in rest)  # some old tars summed signed characters
-        if stated not in (sum(rest), signed):
+        total = sum(rest)
+        # some old tars summed signed characters; asked second, for it costs as much as all the rest of a header
+        if stated != total and stated != total - 256 * sum(byte > 127 for byte in rest):
             raise self.damage("header", "its checksum is wrong")
         return self._number(block[124:136], "size"), block[156:157]
 
