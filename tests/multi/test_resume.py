@@ -92,6 +92,7 @@ def long_recipe(tiny_recipe: Recipes) -> Path:
     return tiny_recipe(
         train={"max_duration": "12steps", "global_batch_size": 72},
         data__num_workers=0,
+        model__drop_path=0.1,
         ema={"decay": 0.9},
         evaluation={"every": "3steps"},
         lr_scheduler={"name": "plateau", "monitor": "val/loss", "patience": 1, "threshold": 0.5, "warmup": "2steps"},
@@ -99,7 +100,7 @@ def long_recipe(tiny_recipe: Recipes) -> Path:
 
 
 def test_stopped_twice_within_one_epoch(tiny_recipe: Recipes, tmp_path: Path) -> None:
-    recipe = tiny_recipe(ema={"decay": 0.9})
+    recipe = tiny_recipe(ema={"decay": 0.9}, model__drop_path=0.1)
     train(2, recipe, tmp_path, "whole")
     for step in (4, 7):
         fault = {"VITDIST_FAULT": f"term:rank=1,step={step},phase=forward"}
@@ -129,7 +130,8 @@ def test_ranks_that_see_other_files_go_on_from_rank_0s(tiny_recipe: Recipes, tmp
     for folder in (first, second):
         folder.mkdir()
     stopped_at = stop(2, recipe, first, "run")
-    shutil.copytree(tmp_path / "whole", second / "run", symlinks=True)  # rank 1 sees a finished run, and later steps
+    shutil.copytree(tmp_path / "whole", second / "run", symlinks=True)  # rank 1 sees later steps only
+    shutil.rmtree(Store(second / "run").path_of(stopped_at), ignore_errors=True)
     job = launching.start(2, ["train", str(recipe), "out=run"], first, folders={1: second})
     assert job.wait() == [0, 0], job.output
     assert f"resumed from step {stopped_at} " in job.output and stopped_at < 9
