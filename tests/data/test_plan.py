@@ -13,7 +13,7 @@ import pytest
 
 from vitdist.data import loader
 from vitdist.data.loader import EvaluationSource, Place, TrainSource
-from vitdist.data.plan import BLOCK_SAMPLES, MAX_RANGES, TrainPlan, evaluation_span, make_plan
+from vitdist.data.plan import MAX_RANGES, TrainPlan, evaluation_span, make_plan
 from vitdist.data.views import View, everything
 from vitdist.errors import DataError
 
@@ -231,4 +231,4 @@ def test_a_shard_is_needed_during_one_block_only() -> None:
         for shard in set((plan.slots(position, 0, run).rows // 1000).tolist()):
             seen.setdefault(shard, []).append(position)
     assert 20 <= len(seen) <= 21
-    assert all(max(at) - min(at) <= (BLOCK_SAMPLES + 2 * 1000) // run for at in seen.values())
+    assert all(max(at) - min(at) <= (4096 + 2 * 1000) // run for at in seen.values())

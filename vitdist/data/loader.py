@@ -6,6 +6,7 @@ batches is the plan's for any number of workers. Images stay uint8 until they ar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -151,19 +152,24 @@ class Load:
         self._reader: ShardReader | None = None
 
     def __call__(self, place: Place) -> dict[str, Any]:
+        """Only the planned sample's damage is noted: that of a damaged stand-in counts where the plan has it."""
         reader = self._reader = self._reader or ShardReader(self._split)
         damages: list[Damage] = []
-        row: int | None = place.row
-        while row is not None:
+        row = place.row
+        for attempt in itertools.count(1):
             try:
                 image = self._transform(reader.read(row), place.seed)
                 key = reader.key(row) if self._with_keys else ""
                 return self._sample(place, row, image, damages, key)
             except DamagedImage as error:
-                damages.append(reader.damaged(row, error.kind, str(error)).damage)
+                damage = reader.damaged(row, error.kind, str(error)).damage
             except DamagedSample as error:
-                damages.append(error.damage)
-            row = self._next_row(place, len(damages))
+                damage = error.damage
+            damages = damages or [damage]
+            stand_in = self._next_row(place, attempt)
+            if stand_in is None:
+                break
+            row = stand_in
         return self._sample(place, place.row, None, damages, "")
 
     def _next_row(self, place: Place, attempt: int) -> int | None:
