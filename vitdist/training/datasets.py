@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from vitdist.errors import DataError
 from vitdist.recipe.schema import Recipe
 from vitdist.recipe.sizes import num_bytes
 from vitdist.taxonomy import Taxonomy
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,23 @@ def open_datasets(recipe: Recipe) -> Datasets:
     tree = choose_tree(index, recipe.data.taxonomy, recipe.model.levels)
     targets = tree.targets_from(index.taxonomy)
     split = index.split("train")
-    split.check_shards()
+    _check_shards(split, recipe.data.on_bad_sample == "skip")
     train, val = _views(recipe, index, split)
     labels = np.asarray(split.samples["label"])[train.view.rows(0, train.num_samples)]
     _check_labels(recipe.data.path, labels, len(targets))
     if (targets[labels] < 0).all(axis=1).any():
         raise DataError(f"{recipe.data.taxonomy} knows nothing of some classes of {recipe.data.path}; add them to it")
     return Datasets(index, tree, targets, train, val)
+
+
+def _check_shards(split: Split, skip: bool) -> None:
+    """A shard that is missing or of another size stops a run before its first step, or costs `skip` its samples."""
+    try:
+        split.check_shards()
+    except DataError as error:
+        if not skip:
+            raise
+        log.warning("%s; data.on_bad_sample is skip: what it lacks is replaced and counted", error)
 
 
 def _check_labels(path: str | Path, labels: np.ndarray, num_nodes: int) -> None:

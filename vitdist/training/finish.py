@@ -22,6 +22,9 @@ def finish(job: Job) -> None:
         _test(job)
     if job.engine.is_main:
         log.info("report: %s", build_report(job.run_dir))
+        if job.state.damaged:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(job.state.damaged.items()))
+            log.warning("%d damaged samples were replaced: %s", job.state.num_damaged, kinds)
 
 
 def chosen(job: Job) -> Path:

@@ -103,6 +103,7 @@ def _settle(job: Job, pending: Pending | None, seconds: float) -> Report | None:
     job.at("log", report.step)
     if report.step == job.first_step:
         job.arm()
+    job.num_damaged += report.num_damaged
     job.journal.step(
         {
             "step": report.step,
@@ -112,10 +113,10 @@ def _settle(job: Job, pending: Pending | None, seconds: float) -> Report | None:
             "grad_norm": report.grad_norm,
             "data_wait": report.data_wait,
             "images_per_second": job.plan.global_batch_size / max(seconds, 1e-9),
+            **({"damaged": job.num_damaged} if job.num_damaged else {}),
             **({"inexact": True} if job.state.inexact else {}),
         }
     )
-    job.num_damaged += report.num_damaged
     _raise_failures(job, pending, report)
     if report.num_nonfinite_in_row > 0:
         _skipped(job, report)
