@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from vitdist.data.remote_set import open_set
 from vitdist.data.shards import DamagedSample, ShardReader
 from vitdist.data.verify import verify
 from vitdist.data.views import everything
-from vitdist.errors import DataError, UsageError
+from vitdist.errors import DataError, ResourceError, UsageError
 
 pytestmark = pytest.mark.skipif(NGINX is None, reason=WHY_NOT)
 QUICK = Patience(tries=3, progress=20_000, first_wait=0.01, connect=2, silence=0.5, window=0.4, slowest=50_000)
@@ -392,6 +393,20 @@ def test_evicted_shards_are_let_go(server: Nginx, tmp_path: Path) -> None:
     assert sum(str(tmp_path / "cache" / "shards") in path for path in held) <= 3
 
 
+@pytest.mark.parametrize("is_random", [True, False])
+def test_a_cache_too_small_for_what_is_read_at_once_says_so(
+    server: Nginx, tmp_path: Path, is_random: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """80 shards in a cache for 12, all over; or front to back, which needs one at a time, twice."""
+    split = open_set(server.address, ShardCache(tmp_path / "cache", 300_000, QUICK)).split("train")
+    reader, last = ShardReader(split), int(split.shard_starts[80])
+    rows = np.random.default_rng(0).permutation(last)[:400] if is_random else np.arange(2 * last) % last
+    for row in rows:
+        reader.read(int(row))
+    warnings = [record.message for record in caplog.records if "data.cache_size is smaller" in record.message]
+    assert len(warnings) == is_random
+
+
 def _is_open(name: str) -> bool:
     return os.path.lexists(f"/proc/self/fd/{name}")
 
@@ -426,8 +441,14 @@ def _wanted(split: object, shard: int) -> Wanted:
     return found
 
 
-@pytest.mark.parametrize("num_nodes", [1, 2, 4])
-@pytest.mark.parametrize("limit", [None, 0.6])
+@pytest.mark.parametrize(
+    ("num_nodes", "limit"),
+    [
+        *((number, None) for number in (1, 2, 4)),
+        (4, 0.6),
+        *(pytest.param(number, 0.6, marks=pytest.mark.slow) for number in (1, 2)),
+    ],
+)
 def test_a_node_of_n_fetches_its_share(
     server: Nginx,
     packed: DatasetIndex,
@@ -471,6 +492,39 @@ def test_verify_reads_what_is_remote(server: Nginx, packed: DatasetIndex, tmp_pa
     shard.write_bytes(shard.read_bytes()[::-1])
     (problem,) = verify(server.address)
     assert "test/000000.tar" in problem
+
+
+def test_object_stores_are_read_by_fsspec(packed: DatasetIndex, tmp_path: Path) -> None:
+    """fsspec's own store in memory under the name s3; against s3fs and an S3 server it was run by hand."""
+    fsspec = pytest.importorskip("fsspec")
+    memory = pytest.importorskip("fsspec.implementations.memory").MemoryFileSystem
+
+    class Store(memory):  # type: ignore[misc, valid-type]
+        protocol, store, pseudo_dirs = "s3", dict[str, object](), [""]
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return "/" + path.removeprefix("s3://").strip("/")
+
+    fsspec.register_implementation("s3", Store, clobber=True)
+    try:
+        Store().put(str(packed.root), "/birds", recursive=True)
+        cache = ShardCache(tmp_path / "cache", patience=QUICK)
+        split = open_set("s3://birds", cache).split("test")
+        here = ShardReader(packed.split("test"))
+        assert all(ShardReader(split).read(row) == here.read(row) for row in range(split.num_samples))
+        with pytest.raises(RemoteError, match=r"s3://birds/none.tar: missing \(no such object\)"):
+            cache.open(Wanted("s3://birds/none.tar", 1, "0" * 64))
+        part = RemoteFile("s3://birds/test/000000.tar", start=512, patience=QUICK).read()
+        assert part == (packed.root / "test" / "000000.tar").read_bytes()[512:]
+    finally:
+        fsspec.register_implementation("s3", "s3fs.S3FileSystem", clobber=True)
+
+
+def test_a_store_without_its_package_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ResourceError, match=r"gs:// addresses need the package gcsfs; pip install 'vitdist\[remote\]'"):
+        open_set("gs://bucket/set", ShardCache(tmp_path, patience=QUICK))
 
 
 def test_addresses_are_shown_without_secrets() -> None:

@@ -115,9 +115,10 @@ class Wire:
             except OSError:
                 return
             number, self.num_connections = self.num_connections, self.num_connections + 1
+            left, pause = self.fault(number)  # before anything of this connection reaches the server
             upstream = socket.create_connection(("127.0.0.1", self.target))
             threading.Thread(target=_pass, args=(client, upstream, None, 0.0), daemon=True).start()
-            threading.Thread(target=_pass, args=(upstream, client, *self.fault(number)), daemon=True).start()
+            threading.Thread(target=_pass, args=(upstream, client, left, pause), daemon=True).start()
 
 
 def _pass(source: socket.socket, sink: socket.socket, left: int | None, pause: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import time
 import zlib
@@ -21,7 +22,11 @@ from vitdist.data.tar import BLOCK, MAX_HEADER_BLOCKS, DamagedShard
 
 MAX_OPEN_FILES = 64
 ONE_REQUEST = 1 << 20  # a header is read with its data, and cut off by a copy, up to this length
+AGAIN = MAX_OPEN_FILES  # evicted shards that were wanted again before as many others were opened: a cache too small
 FORGET = 60.0  # seconds after which a shard that could not be fetched is asked for again
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class ShardReader:
         self._is_remote = split.is_remote
         self._failed: dict[int, tuple[float, RemoteError]] = {}
         self._refilled: set[int] = set()
+        self._num_opened = self._num_again = 0
+        self._evicted: dict[int, int] = {}
 
     def read(self, row: int) -> bytes:
         """The image's bytes, exactly as indexed; DamagedSample otherwise. ResourceError where a cache has no room."""
@@ -156,8 +163,7 @@ class ShardReader:
         if wanted is None:
             # a pipe in a shard's place would be waited for
             return os.open(self._split.shard_file(shard), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        for number in [number for number, descriptor in self._open.items() if is_deleted(descriptor)]:
-            os.close(self._open.pop(number))
+        self._let_go_of_evicted(shard)
         until, failure = self._failed.get(shard, (0.0, None))
         if failure is not None and time.monotonic() < until:
             raise failure
@@ -166,6 +172,16 @@ class ShardReader:
         except RemoteError as error:
             self._failed[shard] = (time.monotonic() + FORGET, error)
             raise
+
+    def _let_go_of_evicted(self, wanted: int) -> None:
+        """Close copies that had to give way, and say so once when they are wanted again right after that."""
+        for number in [number for number, descriptor in self._open.items() if is_deleted(descriptor)]:
+            os.close(self._open.pop(number))
+            self._evicted[number] = self._num_opened
+        self._num_opened += 1
+        self._num_again += self._num_opened - self._evicted.pop(wanted, -AGAIN) < AGAIN
+        if self._num_again == AGAIN:
+            log.warning("data.cache_size is smaller than what is read at once: shards are fetched again and again")
 
     def _refill(self, shard: int) -> bool:
         """Fetch a copy whose bytes went bad on this node once more; False where that was done, or it is no copy."""
