@@ -216,7 +216,7 @@ class Cluster:
             time.sleep(0.1)
 
     def last_words(self) -> str:
-        logs = sorted((self.folder / "log").glob("*.log"))
+        logs = [self.folder / "log" / "slurmctld.log"]
         return "\n".join(f"--- {log.name}\n" + "\n".join(log.read_text().splitlines()[-15:]) for log in logs)
 
     def is_idle(self) -> bool:
