@@ -14,6 +14,7 @@ def register(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("bench", help="measure plan, input and step on this machine")
     commands = parser.add_subparsers(required=True, metavar="ACTION")
     _add_plan(commands)
+    _add_data(commands)
 
 
 def _add_plan(commands: Subparsers) -> None:
@@ -22,6 +23,38 @@ def _add_plan(commands: Subparsers) -> None:
     parser.add_argument("--shards", type=int, default=100_000, metavar="S")
     parser.add_argument("--world", type=int, default=1024, metavar="W", help="ranks")
     parser.set_defaults(function=plan)
+
+
+def _add_data(commands: Subparsers) -> None:
+    parser = commands.add_parser("data", help="images a second of one core, beside the usual pipelines")
+    parser.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="interleaved rounds (5)")
+    parser.add_argument("--alone", action="store_true", help="only this toolkit's own input")
+    parser.add_argument("--profile", action="store_true", help="then where the time goes, by function")
+    parser.set_defaults(function=data)
+
+
+def data(args: argparse.Namespace) -> int:
+    """Measure the input of a recipe's training split; the model is not built."""
+    from vitdist.bench import data as bench
+    from vitdist.bench.inputs import inputs_of
+
+    wish = inputs_of(args.recipe, args.overrides)
+    batch = min(32, wish.split.num_samples)
+    found = bench.measure_data(
+        wish.split,
+        wish.preprocessing,
+        wish.augment,
+        batch=batch,
+        num_rounds=args.rounds,
+        with_rivals=not args.alone,
+    )
+    print(f"{wish.split.num_samples:,} photographs at {wish.preprocessing.image_size} px, {args.rounds} rounds")
+    print(bench.table(found))
+    if args.profile:
+        print(bench.profile(wish.split, wish.preprocessing, wish.augment, batch))
+    return 0
 
 
 def plan(args: argparse.Namespace) -> int:

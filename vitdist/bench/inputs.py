@@ -1,0 +1,44 @@
+"""What a recipe's input is made of, without building its model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vitdist.data.index import Split
+from vitdist.data.remote_set import open_set
+from vitdist.data.transforms import Augment, Preprocessing
+from vitdist.recipe.load import load_recipe
+from vitdist.recipe.schema import Recipe
+from vitdist.recipe.shipped import find_recipe
+from vitdist.training.assemble import image_size
+from vitdist.training.datasets import cache_of
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A recipe's training split and how its pictures are prepared; mean and deviation are the usual ones."""
+
+    recipe: Recipe
+    split: Split
+    preprocessing: Preprocessing
+    augment: Augment
+
+
+def inputs_of(name: str, overrides: Sequence[str]) -> Inputs:
+    """Read a recipe and open its set."""
+    recipe = load_recipe(find_recipe(name), list(overrides))
+    split = open_set(recipe.data.path, cache_of(recipe)).split("train")
+    split.check_shards()
+    wish = recipe.augment
+    augment = Augment(
+        crop_scale=wish.crop_scale,
+        flip=wish.flip,
+        rotation=wish.rotation,
+        color_jitter=wish.color_jitter,
+        auto=wish.auto,
+        erasing=wish.erasing,
+    )
+    return Inputs(
+        recipe, split, Preprocessing(image_size(recipe), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), augment
+    )
