@@ -136,7 +136,10 @@ def test_loader_workers_ignore_signals(endless: Path, tmp_path: Path) -> None:
     assert job.wait(30) == [75], job.output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
+INTERRUPTED = pytest.param(signal.SIGINT, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, INTERRUPTED, signal.SIGKILL])
 def test_a_signal_to_torchrun(number: int, endless: Path, tmp_path: Path) -> None:
     """SIGKILL stands for all that ends the launcher alone, USR1 among them: its orphans stop by themselves."""
     command = [

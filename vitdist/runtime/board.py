@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -97,17 +98,30 @@ class Board:
         return self._ask(lambda store: store.get(key) if store.check([key]) else None)
 
     def _ask(self, question: Callable[[TCPStore], T]) -> T | None:
-        """One question at a time; after a failure the connection is made anew, but not at once."""
+        """One question at a time; after a failure the connection is made anew, but not at once.
+
+        Asked from a thread that can be left behind: a store on a stopped machine never answers, whatever its time-out.
+        """
         with self._lock:
             if not self.answers and time.monotonic() - self._asked < ASK_AGAIN_AFTER:
                 return None
+            answers: queue.SimpleQueue[tuple[T] | None] = queue.SimpleQueue()
+            threading.Thread(target=self._question, args=(question, answers), name="board", daemon=True).start()
             try:
-                answer = question(self._connected())
-                self.answers = True
-                return answer
-            except (RuntimeError, ValueError):  # torch's DistStoreError and DistNetworkError are RuntimeErrors
-                self.answers, self._asked, self._store = False, time.monotonic(), None
+                answer = answers.get(timeout=ANSWER_WITHIN)
+            except queue.Empty:
+                answer = None
+            self.answers = answer is not None
+            if answer is None:
+                self._asked, self._store = time.monotonic(), None
                 return None
+            return answer[0]
+
+    def _question(self, question: Callable[[TCPStore], T], answers: queue.SimpleQueue[tuple[T] | None]) -> None:
+        try:
+            answers.put((question(self._connected()),))
+        except (RuntimeError, ValueError):  # torch's DistStoreError and DistNetworkError are RuntimeErrors
+            answers.put(None)
 
 
 def _word(text: bytes) -> Word:

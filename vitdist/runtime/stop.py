@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import multiprocessing
 import os
 import signal
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from vitdist.errors import Stopped
+from vitdist.runtime.workers import end_workers
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 STOP_FILE = "STOP"
@@ -64,9 +64,7 @@ class StopFlag:
         self._signalled_at = now if first is None else first
         again = first is not None and (number == signal.SIGINT or now - first > IMPATIENT_AFTER)
         if again and number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for child in multiprocessing.active_children():
-                child.kill()
+            end_workers()
             os._exit(Stopped.exit_code)
 
     def leave_time_for(self, save_seconds: float) -> None:

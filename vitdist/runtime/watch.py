@@ -7,9 +7,7 @@ the process while the main thread hangs in a collective, in a read, or for a loa
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
-import signal
 import sys
 import threading
 import time
@@ -20,6 +18,7 @@ from typing import IO
 from vitdist.errors import LostError, ResourceError
 from vitdist.runtime.board import Board, Life, Word
 from vitdist.runtime.ranks import Ranks
+from vitdist.runtime.workers import describe_workers, end_workers
 
 TICK = 0.5
 START_SECONDS = 1800.0  # until the first step is done: weights are fetched, file systems warm up, kernels are built
@@ -184,7 +183,7 @@ class Watch:
                 f"has written a checkpoint for {seconds:.0f} s without an end: does the disk hang?",
             )
         elif phase in ("data", "evaluation"):
-            cause = f"has waited {seconds:.0f} s for its data: {_workers()}"
+            cause = f"has waited {seconds:.0f} s for its data: {describe_workers()}"
         elif self._board is not None:
             return self._blame(f"rank {rank} waited {seconds:.0f} s for it")
         text = f"rank {rank} {cause}; step {step}, parallel.timeout {self._timeout:g} s; start again to resume"
@@ -208,16 +207,8 @@ class Watch:
             last.start()
             last.join(ABANDON_WITHIN)  # the disk may be what hangs
         self.farewell()
-        end_children()
+        end_workers()
         os._exit(word.code)
-
-
-def end_children() -> None:
-    """Loader workers ignore every signal but this one."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a dead worker for a failure
-    for child in multiprocessing.active_children():
-        child.kill()
 
 
 def _culprit(first: dict[int, Life], now: dict[int, Life], ranks: Ranks) -> tuple[int, str]:
@@ -234,16 +225,3 @@ def _culprit(first: dict[int, Life], now: dict[int, Life], ranks: Ranks) -> tupl
 
 def _order(phase: str) -> int:
     return PHASES.index(phase) if phase in PHASES else len(PHASES)
-
-
-def _workers() -> str:
-    """How the loader's workers are, for the line that says why no data came."""
-    states = []
-    for child in multiprocessing.active_children():
-        try:
-            state = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            state = "X"
-        if state in "TtZX":
-            states.append(f"loader worker {child.pid} is {'stopped' if state in 'Tt' else 'dead'}")
-    return ", ".join(states) or "its loader workers run; is the file system hanging?"

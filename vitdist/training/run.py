@@ -20,7 +20,8 @@ from vitdist.runtime.launcher import check_launcher
 from vitdist.runtime.lock import RunLock
 from vitdist.runtime.ranks import Ranks, discover
 from vitdist.runtime.stop import Reason, StopFlag
-from vitdist.runtime.watch import START_SECONDS, Watch, end_children
+from vitdist.runtime.watch import START_SECONDS, Watch
+from vitdist.runtime.workers import end_workers, lost_worker
 from vitdist.training import folder
 from vitdist.training.build import batch_split, build_job, introduce
 from vitdist.training.datasets import Datasets, open_datasets
@@ -92,7 +93,7 @@ class _Run:
             code = ending.code
             return self._leave(ending)
         except Exception as error:  # whatever it is: the others hear of it, and the folder says how it ended
-            failure = self._understand(error)
+            failure = self._understand(lost_worker(error))
             code = failure.exit_code
             self._leave(self._failed(failure))
             raise failure from error
@@ -205,7 +206,7 @@ class _Run:
             self.job.journal.close(code)
         if self.lock is not None:
             self.lock.release()
-        end_children()
+        end_workers()
         if in_order:
             self.engine.close()
         else:
