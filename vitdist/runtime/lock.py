@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +33,14 @@ class RunLock:
     def acquire(self) -> None:
         """UsageError naming the owner when somebody alive holds the lock."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for _ in range(3):
-            if self._create():
-                break
+        with self._alone():
             owner = self._read()
             if owner and not _is_dead(owner):
-                raise UsageError(
-                    f"{self.path.parent} is being written by process {owner.get('pid')} on {owner.get('host')} "
-                    f"(job {owner.get('job') or 'none'}, {time.time() - owner.get('beat', 0):.0f} s ago); "
-                    "wait for it, or give this run another folder with out=..."
-                )
-            self._break(owner)
-        else:
-            raise UsageError(f"{self.path} keeps being taken by others; give this run another folder with out=...")
+                raise UsageError(_taken(self.path.parent, owner))
+            if not self._create():
+                self._break(owner)
+                if not self._create():
+                    raise UsageError(_taken(self.path.parent, self._read() or {}))
         self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
         self._thread.start()
 
@@ -65,6 +62,17 @@ class RunLock:
         if owner and owner.get("token") == self._token:
             self.path.unlink(missing_ok=True)
 
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Judging a lock and taking it is one act among a host's processes (and others, where flock reaches)."""
+        descriptor = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # file systems without flock: `_break` still looks at what it moved
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
     def _create(self) -> bool:
         """Link a complete file into place: readers never see an empty lock."""
         draft = self.path.with_name(f"{LOCK}.{self._token}")
@@ -78,10 +86,14 @@ class RunLock:
             draft.unlink(missing_ok=True)
 
     def _break(self, owner: dict[str, Any] | None) -> None:
-        """Move a dead lock away by rename, so that of two who find it dead only one succeeds."""
+        """Move a dead lock away by rename; a living one that came in its place meanwhile is put back."""
         grave = self.path.with_name(f"{LOCK}.dead.{self._token}")
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.path, grave)
+            moved = self._read(grave)
+            if moved is not None and moved.get("token") != (owner or {}).get("token"):
+                with contextlib.suppress(FileExistsError):
+                    os.link(grave, self.path)
             grave.unlink(missing_ok=True)
 
     def _record(self) -> dict[str, Any]:
@@ -94,9 +106,9 @@ class RunLock:
             "beat": time.time(),
         }
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self, path: Path | None = None) -> dict[str, Any] | None:
         try:
-            data = json.loads(self.path.read_text())
+            data = json.loads((path or self.path).read_text())
         except (OSError, ValueError):
             return None
         return data if isinstance(data, dict) else None
@@ -126,9 +138,21 @@ def _start_time(pid: int) -> str:
 
 
 def _is_dead(owner: dict[str, Any]) -> bool:
+    try:
+        pid, beat = int(owner.get("pid", 0)), float(owner.get("beat", 0))
+    except (TypeError, ValueError):
+        return True
+    if owner.get("host") == socket.gethostname():
+        return _start_time(pid) != owner.get("started") or not owner.get("started")
     job = owner.get("job")
     if job and job == _job():
-        return True  # the same job, requeued: its earlier processes are gone
-    if owner.get("host") == socket.gethostname():
-        return _start_time(int(owner.get("pid", 0))) != owner.get("started") or not owner.get("started")
-    return time.time() - float(owner.get("beat", 0)) > DEAD_AFTER
+        return True  # the same job, requeued to other nodes: its earlier processes are gone
+    return time.time() - beat > DEAD_AFTER
+
+
+def _taken(run_dir: Path, owner: dict[str, Any]) -> str:
+    return (
+        f"{run_dir} is being written by process {owner.get('pid')} on {owner.get('host')} "
+        f"(job {owner.get('job') or 'none'}, heard of {time.time() - float(owner.get('beat', 0)):.0f} s ago); "
+        "wait for it, or give this run another folder with out=..."
+    )
