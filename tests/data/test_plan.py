@@ -156,7 +156,11 @@ def test_epochs_and_seeds_differ() -> None:
     plan = case.plan()
     first, second = [plan.slots(epoch * plan.steps_per_epoch, 0, case.batch) for epoch in (0, 1)]
     assert first.rows.tolist() != second.rows.tolist() != sorted(second.rows.tolist())
-    assert set(first.seeds.tolist()).isdisjoint(second.seeds.tolist())
+    seeds = [
+        {place.seed for place in reference(case, e * plan.steps_per_epoch, (e + 1) * plan.steps_per_epoch)}
+        for e in (0, 1)
+    ]
+    assert len(seeds[0]) == plan.steps_per_epoch * case.batch and seeds[0].isdisjoint(seeds[1])
     other = Case(case.counts, case.view, case.labels, case.sampling, case.batch, case.seed + 1).plan()
     assert first.rows.tolist() != other.slots(0, 0, case.batch).rows.tolist()
 

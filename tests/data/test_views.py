@@ -82,6 +82,19 @@ def test_groups_are_stratified_by_their_most_frequent_label() -> None:
     assert np.abs(np.bincount(chosen % 7, minlength=7) - np.bincount(np.arange(200) % 7) / 4).max() < 1
 
 
+def test_a_group_of_several_labels_goes_by_its_most_frequent() -> None:
+    """Each group holds five of its own label and one stray: strays must not move it to another stratum."""
+    own = np.arange(80) % 4
+    labels = np.concatenate([np.r_[np.full(5, label), (label + 1) % 4] for label in own])
+    groups = np.repeat(np.arange(80), 6)
+    _, val = validation_split(np.array([0, 480]), labels, groups, fraction=0.25, seed=2)
+    assert np.bincount(own[np.unique(groups[rows(val)])], minlength=4).tolist() == [5, 5, 5, 5]
+    mixed = np.concatenate([np.r_[label, np.full(5, 7)] if label < 2 else np.full(6, label) for label in own])
+    _, val = validation_split(np.array([0, 480]), mixed, groups, fraction=0.25, seed=2)
+    taken = own[np.unique(groups[rows(val)])]
+    assert [(taken < 2).sum(), (taken == 2).sum(), (taken == 3).sum()] == [10, 5, 5]
+
+
 def test_another_seed_or_fold_is_another_view_and_the_same_is_the_same() -> None:
     starts, labels, _ = random_set(3)
     wish = {"fraction": 0.2, "seed": 5, "fold": 1}
