@@ -71,6 +71,7 @@ def start(
     *,
     env: Mapping[str, str] | None = None,
     folders: Mapping[int, Path] | None = None,
+    umask: int | None = None,
 ) -> Job:
     """Start `vitdist ARGUMENTS` on some ranks in a folder, or some of them each in its own (`folders`)."""
     port = free_port()
@@ -88,7 +89,7 @@ def start(
                 "MASTER_PORT": str(port),
             }
         process = _context.Process(
-            target=_become, args=(list(arguments), str((folders or {}).get(rank, cwd)), settings, str(log), rank)
+            target=_become, args=(list(arguments), str((folders or {}).get(rank, cwd)), settings, str(log), rank, umask)
         )
         process.start()
         job.ranks.append(Rank(process, log))
@@ -103,12 +104,16 @@ def run(
     return job.wait(timeout), job.output
 
 
-def _become(arguments: list[str], cwd: str, settings: dict[str, str], log: str, rank: int) -> None:
+def _become(
+    arguments: list[str], cwd: str, settings: dict[str, str], log: str, rank: int, umask: int | None = None
+) -> None:
     """In the forked process: take over output, folder and environment, then be the command line."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.chdir(cwd)
+    if umask is not None:
+        os.umask(umask)
     os.environ.update(settings)
     # one core a rank: threads follow the cores, threads change bits, and tests must not depend on the machine's size
     cores = sorted(os.sched_getaffinity(0))
