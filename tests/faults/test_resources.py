@@ -1,0 +1,134 @@
+"""Disks, places and secrets of the machine a run finds itself on (K1, K2, K4, K5, X5)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import launching
+from tests.conftest import Recipes
+from tests.faults.running import exit_of, last_step, wait_for
+from vitdist.checkpoint.store import Store
+from vitdist.data.index import DatasetIndex
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def fill(disk: Path, leave: int) -> None:
+    state = os.statvfs(disk)
+    (disk / "filler").write_bytes(b"x" * (state.f_bavail * state.f_frsize - leave))
+
+
+def test_room_for_the_checkpoints_is_checked_before_the_first_step(
+    small_disk: Path, tiny_recipe: Recipes, tmp_path: Path
+) -> None:
+    fill(small_disk, 3 << 20)  # one checkpoint needs 2 MB
+    codes, output = launching.run(2, ["train", str(tiny_recipe()), f"out={small_disk}/run"], tmp_path)
+    assert codes == [7, 7], output
+    (line,) = [line for line in output.splitlines() if line.startswith("vitdist: ")]
+    assert f"no room for a checkpoint in {small_disk}/run/checkpoints: it needs " in line and " are free" in line
+    assert "step 1/" not in output
+
+
+def test_a_disk_that_fills_up_later_costs_nothing_that_was_saved(
+    small_disk: Path, tiny_recipe: Recipes, tmp_path: Path
+) -> None:
+    run = small_disk / "run"
+    recipe = tiny_recipe(
+        train={"max_duration": "100000steps", "global_batch_size": 24}, checkpoint={"every": "20steps"}
+    )
+    job = launching.start(2, ["train", str(recipe), f"out={run}"], tmp_path)
+    wait_for(lambda: Store(run).pointed("last"), "a first checkpoint")
+    fill(small_disk, 1 << 20)  # the metrics still fit, a checkpoint does not
+    assert job.wait(60) == [7, 7], job.output
+    (line,) = [line for line in job.output.splitlines() if line.startswith("vitdist: ")]
+    assert line.startswith(f"vitdist: rank 0: no room for a checkpoint in {run}/checkpoints: it needs "), line
+    assert exit_of(run)["code"] == 7
+    newest, notes = Store(run).newest()
+    assert newest is not None and newest == Store(run).pointed("last") and notes == []
+    assert not list((run / "checkpoints").glob(".stage*"))
+    (small_disk / "filler").unlink()
+    stop = {"VITDIST_FAULT": "term:rank=0,phase=step"}
+    codes, output = launching.run(2, ["train", str(recipe), f"out={run}"], tmp_path, env=stop)
+    assert codes == [75, 75], output
+    assert f"resumed from step {int(newest.name[5:])} " in output
+
+
+def test_a_strange_place_with_strange_settings(tiny: DatasetIndex, tiny_recipe: Recipes, tmp_path: Path) -> None:
+    """Spaces and letters beyond ASCII in every path, no HOME, a strict umask, the C locale."""
+    home = tmp_path / "mit Leerzeichen" / "für Vögel 鳥"
+    home.mkdir(parents=True)
+    shutil.copytree(tiny.root, home / "gepackte Fotos é")
+    recipe = home / "rezept ü.yaml"
+    recipe.write_text(tiny_recipe(name="tiny").read_text().replace(str(tiny.root), "gepackte Fotos é"))
+    env = {"HOME": "", "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0"}
+    job = launching.start(2, ["train", str(recipe), "out=lauf ß"], home, env=env, umask=0o077)
+    assert job.wait() == [0, 0], job.output
+    assert (home / "lauf ß" / "metrics.jsonl").stat().st_mode & 0o777 == 0o600
+    codes, output = launching.run(1, ["evaluate", "lauf ß"], home, env=env)
+    assert codes == [0], output
+    assert "200 of 200 evaluated" in output
+
+
+SECRETS = {
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+    "HF_TOKEN": "hf_PlantedSecretThatMustNotShow",
+    "AWS_ACCESS_KEY_ID": "AKIAPLANTEDSECRET000",
+    "AWS_SECRET_ACCESS_KEY": "planted/secret/that/must/not/show",
+    "AWS_SESSION_TOKEN": "plantedSessionTokenThatMustNotShow",
+}
+
+
+def test_secrets_of_the_environment_are_written_nowhere(tiny_recipe: Recipes, tmp_path: Path) -> None:
+    fault = {"VITDIST_FAULT": "raise:rank=1,phase=data,step=5,attempt=1"}  # tracebacks count too
+    recipe = tiny_recipe(tracking={"wandb": "offline", "log_samples": True})
+    said = ""
+    for _ in range(2):
+        codes, output = launching.run(2, ["train", str(recipe), "out=run"], tmp_path, env={**SECRETS, **fault})
+        said += output
+    assert codes == [0, 0], said
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 20
+    for path in files:
+        content = path.read_bytes()
+        assert not [name for name, secret in SECRETS.items() if secret.encode() in content], path
+    assert not [name for name, secret in SECRETS.items() if secret in said]
+
+
+@pytest.mark.slow
+def test_300_epochs_take_no_more_memory_than_10(tiny_recipe: Recipes, tmp_path: Path) -> None:
+    """Resident memory and open files of the rank itself, read from outside at the ends of epochs 10 and 300."""
+    recipe = tiny_recipe(
+        train={"max_duration": "310ep", "global_batch_size": 160}, evaluation={"every": "1ep"},
+        checkpoint={"every": "10ep", "keep_last": 1}, ema={"decay": 0.9},
+    )  # fmt: skip
+    job = launching.start(1, ["train", str(recipe), "out=run"], tmp_path)
+    pid = job.ranks[0].pid
+
+    def measured(epoch: int) -> tuple[int, int]:
+        wait_for(
+            lambda: last_step(tmp_path / "run") >= 2 * epoch or not job.ranks[0].process.is_alive(),
+            f"epoch {epoch}",
+            1500,
+        )
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return pages, len(os.listdir(f"/proc/{pid}/fd"))
+
+    early, late = measured(10), measured(300)
+    job.wait(300)
+    assert late[0] <= early[0] * 1.03, (early, late)
+    assert late[1] <= early[1] + 4, (early, late)
