@@ -34,6 +34,8 @@ class Engine:
         if deterministic:
             _make_deterministic()
         self.ranks = ranks
+        # Accelerate would choose a number of its own, and warn about it
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
         self._accelerator = Accelerator(
             # given here, the recipe's word beats what the launcher exports by default (ACCELERATE_MIXED_PRECISION=no)
             mixed_precision=MIXED_PRECISION[precision],

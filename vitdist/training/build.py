@@ -218,7 +218,7 @@ def introduce(job: Job, start: Start) -> None:
         "%s: %d training samples, %d steps of %d = %d rank%s x micro-batch %d x accumulation %d, on %s, seed %d",
         job.run_dir, job.datasets.train.num_samples, job.max_steps, job.plan.global_batch_size,
         job.engine.world, "s" * (job.engine.world > 1), job.batch.micro_batch_size, job.batch.accumulation,
-        job.engine.device, job.recipe.seed,
+        job.engine.device.type, job.recipe.seed,
     )  # fmt: skip
     if record is not None:
         log.info("%s", record)
