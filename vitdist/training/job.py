@@ -209,6 +209,8 @@ def _restore_training(job: Job, read: _Files) -> TrainState:
     """All that only going on needs; raises whatever a damaged or foreign state makes it raise, on all ranks."""
     record = read.json(files.STATE)
     state = TrainState.from_json(record["train"])
+    if state.step != read.manifest()["step"]:
+        raise CheckpointError(f"state.json is of step {state.step}, the manifest of another")
     training = read.tensors(files.TRAINING)
     everywhere(job.engine, lambda: _take_up(job, state, record["generators"], training, read.folder))
     return state

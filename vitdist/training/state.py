@@ -9,6 +9,8 @@ from vitdist.errors import CheckpointError
 
 FORMAT = 1
 _NUMBER = (int, float)
+_MAX_THREADS = 1024
+_MAX_WORLD = 10**6
 
 
 @dataclass
@@ -54,6 +56,17 @@ class TrainState:
             fits = value is None or isinstance(value, _NUMBER) if like is None else type(value) is type(like)
             if not fits:
                 raise CheckpointError(f"state.json: {name} is {str(value)[:40]!r}, which it cannot be")
-        if state.step < 0:
-            raise CheckpointError(f"state.json: step is {state.step}")
+        state._check()
         return state
+
+    def _check(self) -> None:
+        """CheckpointError for values that no training has, and that would do harm further on."""
+        if not 0 <= self.step < 10**12:
+            raise CheckpointError(f"state.json: step is {self.step}")
+        if not 1 <= self.num_threads <= _MAX_THREADS or not 1 <= self.world <= _MAX_WORLD:
+            raise CheckpointError(f"state.json: {self.num_threads} threads on {self.world} ranks")
+        steps_fit = all(key.isascii() and key.isdigit() and len(key) <= 12 for key in self.values)
+        if not steps_fit or not all(isinstance(value, _NUMBER) for value in self.values.values()):
+            raise CheckpointError("state.json: values are not numbers by step")
+        if not all(type(count) is int and count >= 0 for count in self.damaged.values()):
+            raise CheckpointError("state.json: damaged samples are not counted in whole numbers")
