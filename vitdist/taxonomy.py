@@ -87,9 +87,7 @@ class Taxonomy:
             rows = self.paths[self.offsets[column] : self.offsets[column + 1]]
             above = columns[rank - 1] if rank else None
             parents.append(tuple(UNKNOWN if above is None else int(row[above]) for row in rows))
-        return Taxonomy(
-            tuple(self.levels[c] for c in columns), tuple(self.names[c] for c in columns), tuple(parents)
-        )
+        return Taxonomy(tuple(self.levels[c] for c in columns), tuple(self.names[c] for c in columns), tuple(parents))
 
     def targets_from(self, packed: Taxonomy) -> np.ndarray:
         """int32 [packed.num_nodes, L]: class indices in this tree for every node of the tree a set was packed with.

@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import resource
+import signal
 import struct
 import tarfile
 import time
@@ -103,6 +104,7 @@ def grown(action: Callable[[], object]) -> tuple[int, str]:
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
+        signal.alarm(60)
         try:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             said = repr(action())
@@ -115,7 +117,8 @@ def grown(action: Callable[[], object]) -> tuple[int, str]:
     os.close(write_end)
     with open(read_end, "rb") as pipe:
         size, _, said = pipe.read().decode().partition(" ")
-    os.waitpid(child, 0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 0, f"the child ended with {status}"
     return int(size), said
 
 

@@ -62,7 +62,9 @@ def test_a_full_cache_disk_ends_in_one_line(server: Nginx, tiny_recipe: Recipes,
         job = start(1, ["train", recipe, f"out={tmp_path / 'run'}"], tmp_path)
         assert job.wait() == [7], job.output
         (line,) = [line for line in job.output.splitlines() if "no room" in line]
-        assert f"data.cache_dir {disk}" in line and ".tar, " in line and "free some space, or name another folder" in line
+        assert (
+            f"data.cache_dir {disk}" in line and ".tar, " in line and "free some space, or name another folder" in line
+        )
         assert "Traceback" not in job.output
     finally:
         os.system(f"umount -l '{disk}'")

@@ -180,9 +180,7 @@ class WeightedOrder:
     Within a class every sample is used once before any is used again.
     """
 
-    def __init__(
-        self, view: View, labels: np.ndarray, *, exponent: float, global_batch_size: int, seed: int
-    ) -> None:
+    def __init__(self, view: View, labels: np.ndarray, *, exponent: float, global_batch_size: int, seed: int) -> None:
         self._batch = global_batch_size
         self._seed = seed
         rows = view.rows(0, view.num_samples)

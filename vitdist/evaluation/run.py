@@ -103,9 +103,7 @@ def _evaluate(engine: Engine, recipe: Recipe, checkpoint: Path, split: str, out:
     on_main(engine, lambda: _write(ready, result, recipe, checkpoint, split, out))
 
 
-def _write(
-    ready: _Prepared, result: Evaluated, recipe: Recipe, checkpoint: Path, split: str, out: Path
-) -> None:
+def _write(ready: _Prepared, result: Evaluated, recipe: Recipe, checkpoint: Path, split: str, out: Path) -> None:
     manifest = read_manifest(checkpoint)
     found = results.write(
         out,

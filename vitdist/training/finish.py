@@ -77,5 +77,3 @@ def _test(job: Job) -> None:
     )
     log.info("%s", results.headline(found))
     job.journal.summary({f"test/accuracy/{name}": level["accuracy"] for name, level in found["levels"].items()})
-
-

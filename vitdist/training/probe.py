@@ -44,9 +44,7 @@ def start_from_probe(
     features, targets = _features(engine, recipe, model, datasets, preprocessing, num_workers)
 
     def fit() -> list[float]:
-        return [
-            _fit(model, level, features[:, level], targets[:, level]) for level in range(datasets.tree.num_levels)
-        ]
+        return [_fit(model, level, features[:, level], targets[:, level]) for level in range(datasets.tree.num_levels)]
 
     shares = on_main(engine, fit)
     said = ", ".join(f"{name} {100 * share:.1f} %" for name, share in zip(datasets.tree.levels, shares, strict=True))
