@@ -15,6 +15,7 @@ def register(subparsers: Subparsers) -> None:
     commands = parser.add_subparsers(required=True, metavar="ACTION")
     _add_plan(commands)
     _add_data(commands)
+    _add_train(commands)
 
 
 def _add_plan(commands: Subparsers) -> None:
@@ -33,6 +34,24 @@ def _add_data(commands: Subparsers) -> None:
     parser.add_argument("--alone", action="store_true", help="only this toolkit's own input")
     parser.add_argument("--profile", action="store_true", help="then where the time goes, by function")
     parser.set_defaults(function=data)
+
+
+def _add_train(commands: Subparsers) -> None:
+    parser = commands.add_parser("train", help="the step alone, the input alone, both, and the waiting; one rank")
+    parser.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps a round (10)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="interleaved rounds (3)")
+    parser.set_defaults(function=train)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Measure what the input costs the step of a recipe, with untrained weights."""
+    from vitdist.bench.inputs import inputs_of
+    from vitdist.bench.train import measure_train
+
+    print(measure_train(inputs_of(args.recipe, args.overrides), num_steps=args.steps, num_rounds=args.rounds))
+    return 0
 
 
 def data(args: argparse.Namespace) -> int:
