@@ -182,10 +182,17 @@ def _bench(subparsers: Subparsers) -> None:
     register(subparsers)
 
 
+def _checkpoint(subparsers: Subparsers) -> None:
+    from vitdist.checkpoint.commands import register
+
+    register(subparsers)
+
+
 ROOMS: list[tuple[dict[str, str], Callable[[Subparsers], None]]] = [
     ({"train": "train a recipe", "evaluate": "evaluate a run", "predict": "name what is on photographs"}, _work),
     ({"data": "turn photographs into shards with an index"}, _data),
     ({"recipe": "check, show, list and copy recipes"}, _recipe),
     ({"report": "build a run's report again", "compare": "runs side by side"}, _evaluation),
+    ({"checkpoint": "list, verify and export checkpoints"}, _checkpoint),
     ({"bench": "measure plan, input and step on this machine"}, _bench),
 ]

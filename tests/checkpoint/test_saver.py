@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import subprocess
@@ -88,6 +89,20 @@ def test_a_nan_is_never_published(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="weight at step 2"):
         saver.wait()
     assert store.newest() == (store.path_of(1), [])
+
+
+def test_a_slow_disk_is_warned_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Launchers kill 30 s after their signal: a save that takes most of that is said before it matters (S2)."""
+    monkeypatch.setattr("vitdist.checkpoint.saver._WARN_SECONDS", 0.0)
+    monkeypatch.setattr(logging.getLogger("vitdist"), "propagate", True)
+    saver = Saver(Store(tmp_path), may=may)
+    for step in (1, 2):
+        save(saver, step)
+    saver.wait()
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+    assert "launchers kill 30 s after" in caplog.text
 
 
 @pytest.fixture
