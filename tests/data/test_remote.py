@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from tests.data.tiny import tiny_packed
-from tests.data.web import BY_NODE, NGINX, WHY_NOT, Nginx, Wire
+from tests.data.web import BY_NODE, NGINX, WHY_NOT, Nginx, Wire, wait_until
 from vitdist.data.cache import LOCK, NoRoom, ShardCache, Wanted
 from vitdist.data.claims import locked
 from vitdist.data.index import DatasetIndex, load_index
@@ -418,19 +418,18 @@ def test_shards_are_fetched_before_they_are_read(
     cache = ShardCache(tmp_path / "cache", patience=QUICK)
     split = open_set(server.address, cache).split("train")
     plan = make_plan(everything(split.shard_starts), np.empty(0), sampling="uniform", global_batch_size=24, seed=1)
-    budget = 40 * max(shard.bytes for shard in split.shards)
+    needs = [sorted(set(split.samples[plan.slots(p, 0, 24).rows]["shard"].tolist())) for p in range(60)]
+    size = [shard.bytes for shard in split.shards]
+    budget = 40 * max(size)
     ahead = Prefetch(split, shards_of_plan(plan, 0, 24, 0), ahead_bytes=budget)
-    time.sleep(0.5)
-    fetched = cache.num_bytes()
-    assert 0.7 * budget <= fetched <= budget  # and then it waits for the reader
-    missed = 0
-    for position in range(plan.steps_per_epoch):
+    wait_until(lambda: cache.num_bytes() > 0.7 * budget)
+    due: set[int] = set()
+    for position in range(59):
         ahead.at(position)
-        time.sleep(0.005)
-        shards = np.unique(split.samples[plan.slots(position, 0, 24).rows]["shard"])
-        missed += sum(not cache.place(_wanted(split, int(shard))).exists() for shard in shards)
+        due.update(needs[position])
+        wait_until(lambda: all(cache.place(_wanted(split, s)).exists() for s in needs[position + 1]))  # noqa: B023
+        assert cache.num_bytes() - sum(size[shard] for shard in due) <= budget  # and no more than that
     ahead.close()
-    assert missed <= 2
 
 
 def _wanted(split: object, shard: int) -> Wanted:

@@ -260,6 +260,8 @@ def batches(
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=_Start(worker_start),
+        # one of its own: torch draws a seed from it at every start, which the model's random numbers must not notice
+        generator=torch.Generator(),
         multiprocessing_context="fork" if num_workers else None,
     )
 
