@@ -9,7 +9,7 @@ from pathlib import Path
 from vitdist.evaluation import results
 from vitdist.evaluation.report import build_report
 from vitdist.training.choosing import measure
-from vitdist.training.job import Job, load_model
+from vitdist.training.job import Job, take_weights
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def _test(job: Job) -> None:
     """Load the chosen weights on every rank, evaluate, and write evaluation/test.json."""
     step = job.engine.from_main(_chosen_step(job) if job.engine.is_main else None)
     if step != job.state.step:
-        load_model(job.model, job.store.folder / f"step_{step:08d}", job.datasets.tree.to_json())
+        take_weights(job, job.store.folder / f"step_{step:08d}")
         job.ema = None  # the chosen weights are in the model itself
     job.faults.point("test", job.state.step)
     selection = job.datasets.test()

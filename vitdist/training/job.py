@@ -189,9 +189,7 @@ def restore(job: Job, folder: Path, *, allow_inexact: bool) -> TrainState:
     CheckpointError for what cannot be restored, unless `allow_inexact`.
     """
     read = _Files(job.engine, folder)
-    weights = read.tensors(files.MODEL)
-    _check_tree(read.json(files.TAXONOMY), job.datasets.tree.to_json(), folder)
-    everywhere(job.engine, lambda: _load_strictly(job.model, weights, folder))
+    weights = _read_weights(job, read)
     try:
         return _restore_training(job, read)
     except (*_STRANGE, VitdistError) as error:
@@ -203,6 +201,18 @@ def restore(job: Job, folder: Path, *, allow_inexact: bool) -> TrainState:
             ) from None
         log.warning("%s is not restored exactly (%s); going on from its weights, as allowed", folder, error)
         return _only_weights(job, read, weights)
+
+
+def take_weights(job: Job, folder: Path) -> None:
+    """Put a checkpoint's weights into the model of every rank, as rank 0 reads them. Collective."""
+    _read_weights(job, _Files(job.engine, folder))
+
+
+def _read_weights(job: Job, read: _Files) -> dict[str, Tensor]:
+    weights = read.tensors(files.MODEL)
+    _check_tree(read.json(files.TAXONOMY), job.datasets.tree.to_json(), read.folder)
+    everywhere(job.engine, lambda: _load_strictly(job.model, weights, read.folder))
+    return weights
 
 
 def _restore_training(job: Job, read: _Files) -> TrainState:
