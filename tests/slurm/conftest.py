@@ -22,6 +22,14 @@ PIN = Path(__file__).with_name("pin.sh")
 STEPS = 160
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts a cluster belongs to `make test-slow`: its waits are Slurm's own, and 2 busy cores stretch them."""
+    for item in items:
+        if "cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Four nodes; skipped where Slurm's programs or root are missing."""
