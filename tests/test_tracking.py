@@ -140,6 +140,19 @@ def test_offline_run_holds_every_line_on_its_own_axis(tmp_path: Path, caplog: py
     assert "wandb sync" in caplog.text and len(caplog.records) == 1
 
 
+def test_a_trainer_with_many_open_files_loses_no_line(tmp_path: Path) -> None:
+    many = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        tracker = WandbTracker("offline", tmp_path)
+        assert tracker._to > 1024  # beyond what select() can be asked about
+        _train(tracker, 10)
+        tracker.finish()
+    finally:
+        for descriptor in many:
+            os.close(descriptor)
+    assert len(_history(tmp_path)) == 10
+
+
 def test_resumed_run_keeps_its_id(tmp_path: Path) -> None:
     first = WandbTracker("offline", tmp_path / "one")
     (tmp_path / "one").mkdir()

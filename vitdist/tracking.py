@@ -198,6 +198,8 @@ class _Service:
 
     def __init__(self, inbox: int, outbox: int) -> None:
         self.inbox, self.outbox = inbox, outbox
+        self.poll = select.poll()  # select() knows no descriptor above 1023, and a trainer may have that many
+        self.poll.register(inbox, select.POLLIN)
         self.parent = os.getppid()
         self.wishes: dict[str, Any] = json.loads(os.environ[_CONFIG])
         self.buffer = b""
@@ -272,7 +274,7 @@ class _Service:
     def next_message(self) -> dict[str, Any]:
         """The next line, or a finish of our own when the training is gone."""
         while b"\n" not in self.buffer:
-            ready, _, _ = select.select([self.inbox], [], [], 1.0)
+            ready = self.poll.poll(1000)
             data = os.read(self.inbox, 1 << 16) if ready else b""
             if not data and (ready or os.getppid() != self.parent):
                 return {"finish": 1, "seconds": 10.0}

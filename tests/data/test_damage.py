@@ -313,3 +313,15 @@ def test_descriptors_stay_few_whatever_fails(own: DatasetIndex) -> None:
             reader.read(row)
     assert len(os.listdir("/proc/self/fd")) <= before + len(split.shards) + 1  # and the table's
     reader.close()
+
+
+def test_a_forgotten_reader_keeps_no_file_open(pristine: DatasetIndex) -> None:
+    split = pristine.split("train")
+    num_rows = len(split.samples)  # the table stays mapped
+    before = len(os.listdir("/proc/self/fd"))
+    reader = ShardReader(split)
+    for row in range(num_rows):
+        reader.read(row)
+    during = len(os.listdir("/proc/self/fd"))
+    del reader
+    assert during > before == len(os.listdir("/proc/self/fd"))

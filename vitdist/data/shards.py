@@ -120,6 +120,8 @@ class ShardReader:
         while self._open:
             os.close(self._open.popitem()[1])
 
+    __del__ = close  # a loader that ended keeps no shard open in its process
+
     def _member(self, shard: int, start: int, head: int, length: int) -> tuple[bytes, bytes]:
         """(header blocks, image) of a member, as far as the file goes."""
         if length > ONE_REQUEST:
