@@ -86,6 +86,22 @@ def test_a_second_signal_means_now(number: int, pause: float, endless: Path, tmp
     left.check()
 
 
+def test_a_first_sigterm_long_after_another_signal_is_not_impatience(endless: Path, tmp_path: Path) -> None:
+    """Slurm's USR1 ahead of the limit, the save it asks for, and the limit's own TERM while that is written."""
+    slow = {"VITDIST_FAULT": "hang:phase=snapshot"}
+    job = launching.start(1, ["train", str(endless), "out=run"], tmp_path, env=slow)
+    wait_for_step(tmp_path / "run", 2, job)
+    os.kill(job.ranks[0].pid, signal.SIGUSR1)
+    time.sleep(5.3)
+    for _ in range(2):  # preemption's pair
+        os.kill(job.ranks[0].pid, signal.SIGTERM)
+        time.sleep(0.003)
+    job.ranks[0].process.join(2)
+    assert job.ranks[0].process.is_alive(), "it goes on saving"
+    os.kill(job.ranks[0].pid, signal.SIGKILL)
+    assert job.wait(10) == [-9]
+
+
 def test_a_save_that_hangs_ends_by_force(endless: Path, tmp_path: Path) -> None:
     fault = {"VITDIST_FAULT": "term:rank=1,step=4,phase=step;hang:phase=before-publish"}
     codes, output = launching.run(

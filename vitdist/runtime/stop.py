@@ -48,7 +48,7 @@ class StopFlag:
         self._stop_file = run_dir / STOP_FILE if is_main else None
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._limit = _slurm_deadline() if is_main else None
-        self._signalled_at: float | None = None
+        self._first_at: dict[int, float] = {}  # when each signal came first
         self._parent = os.getppid()
         self._next_look = 0.0
         self.lead = LEAD  # seconds before the allocation's end at which we stop
@@ -60,10 +60,10 @@ class StopFlag:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        first = self._signalled_at
-        self._signalled_at = now if first is None else first
-        again = first is not None and (number == signal.SIGINT or now - first > IMPATIENT_AFTER)
-        if again and number in (signal.SIGINT, signal.SIGTERM):
+        first = self._first_at.get(number)
+        if first is None:  # a TERM long after another signal is a first one too
+            self._first_at[number] = now
+        elif number == signal.SIGINT or (number == signal.SIGTERM and now - first > IMPATIENT_AFTER):
             end_workers()
             os._exit(Stopped.exit_code)
 
@@ -83,7 +83,7 @@ class StopFlag:
         if self._limit is not None and time.time() >= self._limit - self.lead:
             return Reason.TIME_LIMIT
         # a dead launcher cannot forward anything: its orphans stop by themselves
-        if self._signalled_at is not None or os.getppid() != self._parent:
+        if self._first_at or os.getppid() != self._parent:
             return Reason.SIGNAL
         return Reason.NONE
 
