@@ -1,8 +1,12 @@
-"""`vitdist bench plan|data|train`."""
+"""`vitdist bench plan|data|train|step`."""
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +20,7 @@ def register(subparsers: Subparsers) -> None:
     _add_plan(commands)
     _add_data(commands)
     _add_train(commands)
+    _add_step(commands)
 
 
 def _add_plan(commands: Subparsers) -> None:
@@ -43,6 +48,31 @@ def _add_train(commands: Subparsers) -> None:
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps a round (10)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="interleaved rounds (3)")
     parser.set_defaults(function=train)
+
+
+def _add_step(commands: Subparsers) -> None:
+    parser = commands.add_parser("step", help="the training step beside a bare loop and the step of timm's script")
+    parser.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
+    parser.add_argument("--variants", default="fp32,bf16,bf16+compile", metavar="LIST", help="(fp32,bf16,bf16+compile)")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps a round (10)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="interleaved rounds (5)")
+    parser.set_defaults(function=step)
+
+
+def step(args: argparse.Namespace) -> int:
+    """Measure each variant in a process of its own: what one leaves on a device must not weigh on the next."""
+    variants = args.variants.split(",")
+    if len(variants) > 1:
+        own = [sys.executable, "-m", "vitdist", "bench", "step", args.recipe, *args.overrides]
+        counts = ["--steps", str(args.steps), "--rounds", str(args.rounds)]
+        return max(subprocess.run([*own, *counts, "--variants", variant]).returncode for variant in variants)
+    from vitdist.bench.step import measure_step
+
+    with tempfile.TemporaryDirectory() as folder:
+        wish = (args.recipe, args.overrides, variants[0], Path(folder))
+        print(measure_step(*wish, num_steps=args.steps, num_rounds=args.rounds).table(), flush=True)
+    return 0
 
 
 def train(args: argparse.Namespace) -> int:

@@ -45,11 +45,11 @@ def train(job: Job) -> tuple[End, Reason]:
         started = time.perf_counter()
         current = run_step(stream, save=agenda.save_by_the_clock())
         state.step += 1
-        report = _settle(job, pending, seconds)
+        report = settle(job, pending, seconds)
         pending, seconds = current, time.perf_counter() - started
         if not agenda.anything_due(report):
             continue
-        last, pending = _settle(job, pending, seconds), None  # a boundary: what follows may know all of this step
+        last, pending = settle(job, pending, seconds), None  # a boundary: what follows may know all of this step
         stop = max(r.stop for r in (report, last) if r is not None)
         best = False
         if agenda.evaluation_due() and not stop:
@@ -95,7 +95,7 @@ def _loader(job: Job) -> DataLoader[Batch]:
     )
 
 
-def _settle(job: Job, pending: Pending | None, seconds: float) -> Report | None:
+def settle(job: Job, pending: Pending | None, seconds: float) -> Report | None:
     """Read a step's report, write it down, and stop here, on all ranks alike, when it says that it must be."""
     if pending is None:
         return None
