@@ -24,9 +24,9 @@ STEPS = 160
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts a cluster belongs to `make test-slow`: its waits are Slurm's own, and 2 busy cores stretch them."""
+    """What starts a cluster belongs to `make test-slow`, but for one: Slurm's waits are long on busy cores."""
     for item in items:
-        if "cluster" in getattr(item, "fixturenames", ()):
+        if "cluster" in getattr(item, "fixturenames", ()) and item.get_closest_marker("every_time") is None:
             item.add_marker(pytest.mark.slow)
 
 
@@ -96,6 +96,14 @@ class Submitted:
     def wait_for_start(self, number: int, seconds: float = 120) -> None:
         """Until the job was started so many times; after a requeue it waits for 6 s in the lab, 2 minutes elsewhere."""
         self._until(lambda: self.num_starts >= number, seconds, f"start {number}")
+
+    def wait_for_end_of_start(self, number: int, seconds: float = 60) -> None:
+        """Until a start has come to its end, as the script noted it."""
+
+        def ended() -> bool:
+            return sum(event["event"] == "end" for event in self.history) >= number
+
+        self._until(ended, seconds, f"the end of start {number}")
 
     def end(self, seconds: float = 240) -> str:
         """Wait for the end for good; the job's last state."""

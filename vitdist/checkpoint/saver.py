@@ -38,10 +38,21 @@ class Saver:
         self.seconds = 0.0  # of the last save, from snapshot to pruned
         self._warned = False
 
-    def save(self, snapshot: Snapshot, *, is_best: bool, retention: Retention, values: Mapping[int, float]) -> None:
-        """Start publishing; returns at once. Waits for the save before and raises its failure."""
+    def save(
+        self,
+        snapshot: Snapshot,
+        *,
+        is_best: bool,
+        retention: Retention,
+        values: Mapping[int, float],
+        stall: float = 0.0,
+    ) -> None:
+        """Start publishing; returns at once. Waits for the save before and raises its failure.
+
+        `stall`: seconds for which the steps waited for the snapshot, for the log.
+        """
         self.wait()
-        arguments = (snapshot, is_best, retention, dict(values))
+        arguments = (snapshot, is_best, retention, dict(values), stall)
         self._began = time.monotonic()
         self._thread = threading.Thread(target=self._work, args=arguments, name="saver", daemon=True)
         self._thread.start()
@@ -65,7 +76,9 @@ class Saver:
             failure, self._failure = self._failure, None
             raise failure
 
-    def _work(self, snapshot: Snapshot, is_best: bool, retention: Retention, values: dict[int, float]) -> None:
+    def _work(
+        self, snapshot: Snapshot, is_best: bool, retention: Retention, values: dict[int, float], stall: float
+    ) -> None:
         began = time.monotonic()
         try:
             with full_disk_named(self._store.folder, snapshot.num_bytes):
@@ -76,7 +89,10 @@ class Saver:
                     self._store.point("best", path)
             self._store.prune(retention, values)
             self.seconds = time.monotonic() - began
-            log.info("checkpoint of step %d published", snapshot.step)
+            log.info(
+                "checkpoint of step %d published: %.1f MB, the steps waited %.0f ms for it, written in %.1f s",
+                snapshot.step, snapshot.num_bytes / 1e6, stall * 1e3, self.seconds,
+            )  # fmt: skip
             self._warn_when_slow(snapshot)
         except BaseException as error:  # it must reach the training, which raises it on all ranks alike
             self._failure = error

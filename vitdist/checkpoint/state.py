@@ -111,11 +111,6 @@ def _check_header(path: Path) -> None:
         raise ValueError(f"its header claims {length} bytes")
 
 
-def on_host(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """Copies in host memory, each with its own storage, as safetensors wants them."""
-    return {prefix + name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-
-
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """`name/key` -> tensor for every parameter's state; names are the model's, so groups may change their order."""
     tensors = {}
@@ -147,6 +142,11 @@ def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.nn.Paramet
     return [
         pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"], strict=True)
     ]
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with a prefix before their names."""
+    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

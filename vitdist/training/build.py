@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from vitdist.checkpoint.host import HostMemory
 from vitdist.checkpoint.saver import Saver, free_bytes, no_room
 from vitdist.checkpoint.state import num_bytes
 from vitdist.checkpoint.store import Store
@@ -97,16 +98,20 @@ def build_job(
 
 
 def _check_room(job: Job) -> None:
-    """ResourceError before the first step when the volume has no room for the checkpoints that retention keeps."""
+    """ResourceError before the first step when the volume has no room for the checkpoints that retention keeps.
+
+    Memory for them is taken here too.
+    """
     weights = num_bytes(job.model.state_dict())
     trained = num_bytes({name: p for name, p in job.model.named_parameters() if p.requires_grad})
-    moments = 1 if job.recipe.optimizer.name == "sgd" else 2
-    each = weights * (1 if job.ema is None else 3) + trained * moments
+    moments = trained * (1 if job.recipe.optimizer.name == "sgd" else 2)
     wish = job.recipe.checkpoint
     kept = wish.keep_last + (1 if wish.keep_best else 0) + 1  # one more is staged before an old one goes
-    needed = each * max(1, kept - len(job.store.published()))
+    needed = (weights * (1 if job.ema is None else 3) + moments) * max(1, kept - len(job.store.published()))
     if free_bytes(job.store.folder) < needed:
         raise ResourceError(no_room(job.store.folder, needed))
+    job.host = HostMemory(pinned=job.engine.device.type == "cuda")
+    job.host.reserve(weights * (1 if job.ema is None else 2) + moments)
 
 
 def _begin(job: Job) -> None:

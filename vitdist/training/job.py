@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitdist.checkpoint import state as files
+from vitdist.checkpoint.host import HostMemory
 from vitdist.checkpoint.manifest import read_manifest
 from vitdist.checkpoint.saver import Saver
 from vitdist.checkpoint.store import Retention, Store
@@ -64,6 +66,7 @@ class Job:
     lock: RunLock | None  # on rank 0
     saver: Saver | None  # there too
     ema: ModelEMA | None = None
+    host: HostMemory = field(default_factory=HostMemory)
     guard: NonFiniteGuard = field(init=False)
     journal: Journal = field(init=False)
     first_step: int = 1  # the first this start makes
@@ -87,8 +90,9 @@ class Job:
 
         A failure of the save before is raised here, on all ranks alike.
         """
-        self.saved()
+        self.saved()  # the memory that is copied into is read until then
         self.at("snapshot")
+        began = time.perf_counter()
         snapshot = self._snapshot()
         if snapshot is None or self.saver is None:
             return
@@ -98,6 +102,7 @@ class Job:
             is_best=self.state.best_step == self.state.step,
             retention=Retention(wish.keep_last, 1 if wish.keep_best else 0),
             values={int(step): value for step, value in self.state.values.items()},
+            stall=time.perf_counter() - began,
         )
 
     def saved(self) -> None:
@@ -141,13 +146,10 @@ class Job:
         self.state.schedule = self.schedule.state_dict()
         self.state.num_nonfinite = int(self.guard.total.item())
         self.state.num_nonfinite_in_row = int(self.guard.in_row.item())
-        own = self.model.state_dict()
-        training = files.on_host(files.optimizer_tensors(self.optimizer), "optimizer/")
-        if self.ema is not None:
-            training |= files.on_host(own, "model/") | files.on_host(self.ema.state_dict(), "ema/")
+        model, training = self._copies()
         return files.Snapshot(
             step=self.state.step,
-            model=files.on_host(own if self.ema is None else {**own, **self.ema.average}),
+            model=model,
             training=training,
             state={"train": self.state.to_json(), "generators": generators},
             recipe=self.recipe.to_yaml(),
@@ -155,6 +157,18 @@ class Job:
             preprocessing=self.preprocessing.to_json(),
             weights="raw" if self.ema is None else "ema",
         )
+
+    def _copies(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(the weights to use, what going on needs), in host memory, where they stay until the next call."""
+        here = files.under("optimizer/", files.optimizer_tensors(self.optimizer))
+        here |= files.under("model/", self.model.state_dict())
+        if self.ema is not None:
+            here |= files.under("ema/", self.ema.state_dict())
+        copies = self.host.copies(here)
+        own = files.with_prefix(copies, "model/")
+        if self.ema is None:
+            return own, {name: copy for name, copy in copies.items() if not name.startswith("model/")}
+        return {**own, **{name: copies[f"ema/{name}"] for name in self.ema.average}}, copies
 
 
 def load_model(model: nn.Module, folder: Path, tree_json: Any) -> None:
