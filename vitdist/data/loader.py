@@ -24,6 +24,7 @@ from vitdist.data.prefetch import prefetched, shards_of_plan, shards_of_span
 from vitdist.data.shards import Damage, DamagedSample, ShardReader
 from vitdist.data.transforms import prepare_worker
 from vitdist.data.views import View
+from vitdist.data.workers import StartedLoader
 
 MAX_REPLACEMENTS = 16
 Transform = Callable[[bytes, int], np.ndarray]
@@ -253,13 +254,13 @@ def batches(
     stages: list[Any] = [source, wds.map(load), wds.batched(batch_size, collation_fn=collate, partial=True)]
     if mix is not None:
         stages.append(wds.map(mix))
-    return DataLoader(
+    return StartedLoader(
         wds.DataPipeline(*stages),
         batch_size=None,  # batches are made in the workers
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_Start(worker_start),
+        worker_start=_Start(worker_start),
         # one of its own: torch draws a seed from it at every start, which the model's random numbers must not notice
         generator=torch.Generator(),
         multiprocessing_context="fork" if num_workers else None,
