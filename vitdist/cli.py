@@ -182,6 +182,12 @@ def _bench(subparsers: Subparsers) -> None:
     register(subparsers)
 
 
+def _sizing(subparsers: Subparsers) -> None:
+    from vitdist.sizing.commands import register
+
+    register(subparsers)
+
+
 def _checkpoint(subparsers: Subparsers) -> None:
     from vitdist.checkpoint.commands import register
 
@@ -194,5 +200,6 @@ ROOMS: list[tuple[dict[str, str], Callable[[Subparsers], None]]] = [
     ({"recipe": "check, show, list and copy recipes"}, _recipe),
     ({"report": "build a run's report again", "compare": "runs side by side"}, _evaluation),
     ({"checkpoint": "list, verify and export checkpoints"}, _checkpoint),
+    ({"plan": "batches, steps, bytes and memory of a run; no GPU needed"}, _sizing),
     ({"bench": "measure plan, input and step on this machine"}, _bench),
 ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vitdist.errors import RecipeError, lines
 from vitdist.recipe.json_schema import schema_text
+from vitdist.recipe.learning_rate import explained
 from vitdist.recipe.load import load_recipe
 from vitdist.recipe.shipped import copy_recipe, find_recipe, shipped_recipes, summary
 
@@ -71,7 +72,10 @@ def validate(args: argparse.Namespace) -> int:
 
 def show(args: argparse.Namespace) -> int:
     """Print the resolved recipe, each line with the place its value comes from."""
-    print(load_recipe(find_recipe(args.recipe), args.overrides).to_yaml(sources=True), end="")
+    recipe = load_recipe(find_recipe(args.recipe), args.overrides)
+    print(recipe.to_yaml(sources=True), end="")
+    if recipe.optimizer.lr_scaling != "none":
+        print(f"# the learning rate's {explained(recipe)}")
     return 0
 
 

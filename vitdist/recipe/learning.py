@@ -72,6 +72,12 @@ class Optimizer(Section):
 
     name: Literal["adamw", "adam", "sgd"] = key("the rule (adam adds weight decay to the gradient)", "adamw")
     lr: float = key("peak learning rate of the backbone's last block", 1e-4, gt=0, le=100)
+    lr_scaling: Literal["none", "linear", "sqrt"] = key(
+        "how lr, given for lr_batch_size, follows train.global_batch_size", "none"
+    )
+    lr_batch_size: int | None = key(
+        "the global batch that lr was found for; null where lr is not scaled", None, unit="samples", ge=1, le=2**20
+    )
     head_lr_scale: float = key("the head's learning rate over lr", 5.0, gt=0, le=1000)
     weight_decay: float = key("decay of weight matrices (not of biases, norms, tokens, positions)", 0.05, ge=0, le=10)
     layer_decay: float = key(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from vitdist.recipe.durations import Duration
+from vitdist.recipe.learning_rate import peak_lr
 from vitdist.recipe.schema import Recipe
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".npz", ".tar")
@@ -154,9 +155,10 @@ def classes_balanced_once(recipe: Recipe) -> Iterator[Conflict]:
 
 def schedule(recipe: Recipe) -> Iterator[Conflict]:
     """Learning rates and lengths that leave no training in between."""
-    rule, lr = recipe.lr_scheduler, recipe.optimizer.lr
+    rule, lr = recipe.lr_scheduler, peak_lr(recipe)
     if rule.name != "constant" and rule.min_lr > lr:
-        text = f"{rule.min_lr:g} is above optimizer.lr {lr:g}; use a smaller one"
+        scaled = " as scaled" if recipe.optimizer.lr_scaling != "none" else ""
+        text = f"{rule.min_lr:g} is above optimizer.lr {lr:g}{scaled}; use a smaller one"
         yield Conflict(("lr_scheduler.min_lr", "optimizer.lr"), text)
     length = recipe.train.max_duration
     if _longer(rule.warmup, length):
@@ -169,6 +171,18 @@ def schedule(recipe: Recipe) -> Iterator[Conflict]:
             f"use {rule.patience + 1} or more"
         )
         yield Conflict(("early_stopping.patience", "lr_scheduler.patience"), text)
+
+
+def scaled_rate(recipe: Recipe) -> Iterator[Conflict]:
+    """A rate for a reference batch needs both: the batch, and the rule by which it follows."""
+    wish = recipe.optimizer
+    keys = ("optimizer.lr_scaling", "optimizer.lr_batch_size")
+    if wish.lr_scaling != "none" and wish.lr_batch_size is None:
+        text = f"{wish.lr_scaling}, but from which batch? set optimizer.lr_batch_size to the one lr was found for"
+        yield Conflict(keys, text)
+    if wish.lr_scaling == "none" and wish.lr_batch_size is not None:
+        text = f"{wish.lr_batch_size}, but optimizer.lr_scaling is none; use linear (sgd) or sqrt (adam), or null here"
+        yield Conflict(keys[::-1], text)
 
 
 def _longer(part: Duration, whole: Duration) -> bool:
@@ -201,7 +215,7 @@ def folds(recipe: Recipe) -> Iterator[Conflict]:
 
 RULES: tuple[Rule, ...] = (
     refit_chooses_nothing, scratch_vit, weights_named_fully, random_features, head, levels, batches,
-    classes_balanced_once, schedule, remote_data, folds,
+    classes_balanced_once, schedule, scaled_rate, remote_data, folds,
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from vitdist.models.heads import build_head
 from vitdist.models.weights import load_weights
 from vitdist.optim import build_optimizer, param_groups
 from vitdist.recipe.batch import BatchSplit
+from vitdist.recipe.learning_rate import peak_lr
 from vitdist.recipe.schema import Recipe
 from vitdist.runtime.stop import ignore_signals
 from vitdist.schedules import Schedule, build_schedule
@@ -86,14 +87,15 @@ def preprocessing_of(recipe: Recipe, model: Classifier) -> Preprocessing:
 def build_optimizer_of(recipe: Recipe, model: Classifier) -> torch.optim.Optimizer:
     """The optimizer over timm's decay groups; each group's `lr_scale` multiplies the schedule's rate."""
     wish = recipe.optimizer
+    lr = peak_lr(recipe)
     groups = param_groups(
         model,
-        lr=wish.lr,
+        lr=lr,
         head_lr_scale=wish.head_lr_scale,
         weight_decay=wish.weight_decay,
         layer_decay=wish.layer_decay,
     )
-    return build_optimizer(wish.name, groups, lr=wish.lr, betas=wish.betas, momentum=wish.momentum)
+    return build_optimizer(wish.name, groups, lr=lr, betas=wish.betas, momentum=wish.momentum)
 
 
 def build_schedule_of(recipe: Recipe, steps_per_epoch: int, max_steps: int) -> Schedule:
@@ -101,7 +103,7 @@ def build_schedule_of(recipe: Recipe, steps_per_epoch: int, max_steps: int) -> S
     wish = recipe.lr_scheduler
     return build_schedule(
         wish.name,
-        recipe.optimizer.lr,
+        peak_lr(recipe),
         warmup=wish.warmup.steps(steps_per_epoch),
         total_steps=max_steps,
         mode=direction_of(wish.monitor),

@@ -16,6 +16,7 @@ from vitdist.errors import ResourceError
 from vitdist.metrics_log import MetricsLog, read_metrics
 from vitdist.progress import Progress
 from vitdist.recipe.batch import BatchSplit, split_batch
+from vitdist.recipe.learning_rate import explained
 from vitdist.recipe.schema import Recipe
 from vitdist.runtime import rng
 from vitdist.runtime.agree import everywhere, on_main
@@ -225,5 +226,7 @@ def introduce(job: Job, start: Start) -> None:
         job.engine.world, "s" * (job.engine.world > 1), job.batch.micro_batch_size, job.batch.accumulation,
         job.engine.device.type, job.recipe.seed,
     )  # fmt: skip
+    if job.recipe.optimizer.lr_scaling != "none":
+        log.info("learning rate: %s", explained(job.recipe))
     if record is not None:
         log.info("%s", record)

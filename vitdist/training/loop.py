@@ -37,7 +37,7 @@ def train(job: Job) -> tuple[End, Reason]:
     """
     state, agenda = job.state, Agenda(job)
     run_step = Stepper(job)
-    stream = iter(_loader(job))
+    stream = iter(loader_of(job))
     pending: Pending | None = None
     seconds = 0.0
     over = _catch_up(job, agenda)
@@ -80,7 +80,8 @@ def _catch_up(job: Job, agenda: Agenda) -> bool:
     return over
 
 
-def _loader(job: Job) -> DataLoader[Batch]:
+def loader_of(job: Job) -> DataLoader[Batch]:
+    """This rank's micro-batches from the job's step on."""
     return train_batches(
         job.recipe,
         job.datasets.train.split,
