@@ -194,6 +194,12 @@ def _checkpoint(subparsers: Subparsers) -> None:
     register(subparsers)
 
 
+def _doctor(subparsers: Subparsers) -> None:
+    from vitdist.doctor.commands import register
+
+    register(subparsers)
+
+
 ROOMS: list[tuple[dict[str, str], Callable[[Subparsers], None]]] = [
     ({"train": "train a recipe", "evaluate": "evaluate a run", "predict": "name what is on photographs"}, _work),
     ({"data": "turn photographs into shards with an index"}, _data),
@@ -202,4 +208,5 @@ ROOMS: list[tuple[dict[str, str], Callable[[Subparsers], None]]] = [
     ({"checkpoint": "list, verify and export checkpoints"}, _checkpoint),
     ({"plan": "batches, steps, bytes and memory of a run; no GPU needed"}, _sizing),
     ({"bench": "measure plan, input and step on this machine"}, _bench),
+    ({"doctor": "look at this machine or allocation", "fetch": "weights for nodes without internet"}, _doctor),
 ]
