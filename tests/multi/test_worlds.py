@@ -60,7 +60,11 @@ def test_the_global_batches_are_the_same_for_any_ranks_and_workers(tiny_recipe: 
 
 
 def test_resumed_on_another_world_the_order_stays(tiny_recipe: Recipes, tmp_path: Path) -> None:
-    recipe = tiny_recipe(tracking={"log_samples": True})
+    recipe = tiny_recipe(
+        train={"max_duration": "28steps", "global_batch_size": 24},  # more than 20 after the change
+        evaluation={"every": "28steps"},
+        tracking={"log_samples": True},
+    )
     whole = train(1, recipe, "whole", tmp_path)
     fault = {"VITDIST_FAULT": "kill:step=8,phase=step,attempt=1"}
     launching.run(2, ["train", str(recipe), "out=moved"], tmp_path, env=fault)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import launching
+from tests.conftest import Recipes
+from tests.faults.running import wait_for_step
 from vitdist.errors import OwnLoss, UsageError
 from vitdist.runtime.lock import DEAD_AFTER, LOCK, RunLock
 
@@ -113,3 +117,17 @@ def test_of_many_who_find_a_dead_lock_one_succeeds(tmp_path: Path) -> None:
         assert len(won) == 1
         won[0].check()
         won[0].release()
+
+
+def test_a_second_training_of_a_run_ends_at_once_and_the_first_goes_on(tiny_recipe: Recipes, tmp_path: Path) -> None:
+    recipe = tiny_recipe(train={"max_duration": "100000steps", "global_batch_size": 24})
+    first = launching.start(2, ["train", str(recipe), "out=run"], tmp_path)
+    step = wait_for_step(tmp_path / "run", 2, first)
+    codes, output = launching.run(2, ["train", str(recipe), "out=run"], tmp_path)
+    assert codes == [2, 2], output
+    (line,) = [line for line in output.splitlines() if line.startswith("vitdist: ")]
+    assert f"is being written by process {first.ranks[0].pid} on {socket.gethostname()}" in line and "out=" in line
+    assert not (tmp_path / "run" / "exit.json").exists(), "the folder is the first one's"
+    wait_for_step(tmp_path / "run", step + 3, first)
+    os.kill(first.ranks[0].pid, signal.SIGTERM)
+    assert first.wait(30) == [75, 75], first.output

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests import launching, run_state
-from tests.conftest import Recipes
+from tests.conftest import ROOT, Recipes
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import STEPS, Submit, Submitted, resumed_steps
 from vitdist.checkpoint.store import Store
@@ -141,6 +144,17 @@ def test_a_signal_sent_by_hand_saves_and_queues_again(long_recipe: Recipes, subm
     assert len(resumed_steps(job.output)) == 1
 
 
+def test_a_signal_that_comes_before_srun_can_hand_it_on(long_recipe: Recipes, submit: Submit, tmp_path: Path) -> None:
+    site = tmp_path / "site.sh"  # an srun that takes 10 s to start its tasks, and drops signals until then
+    site.write_text('srun() { trap \'\' USR1; sleep 10; trap - USR1; exec "$(type -P srun)" "$@"; }\n')
+    job = submit(long_recipe(), "train.max_duration=2000steps", options=TWO_NODES, env={"VITDIST_SITE": str(site)})
+    job.wait_for_start(1)
+    time.sleep(3)
+    job.cluster.call("scancel", "--signal=USR1", "--batch", job.id)
+    job.wait_for_start(2)
+    assert "stopped before the training began" in job.output or "requeue: signal at step" in job.output
+
+
 @pytest.mark.parametrize("way", ["max_time", "stop_file"])
 def test_a_stop_that_was_asked_for_is_no_requeue(way: str, long_recipe: Recipes, submit: Submit) -> None:
     changes = {"train__max_duration": "2000steps"}
@@ -193,6 +207,41 @@ def used(run: Path) -> list[tuple[Any, ...]]:
     """What stood in every slot of every global batch, whichever rank took it."""
     records = [json.loads(line) for file in (run / "samples").glob("*.jsonl") for line in file.read_text().splitlines()]
     return sorted((r["step"], r["epoch"], r["slot"], r["key"], r["seed"], r["partner"], r["mix"]) for r in records)
+
+
+def test_seeds_of_an_array_train_apart_and_are_queued_again_apart(
+    long_recipe: Recipes, submit: Submit, tmp_path: Path
+) -> None:
+    recipe = long_recipe()
+    job = submit(recipe, options=("--array=3,5", "--nodes=1", "--ntasks-per-node=1"))
+    third, fifth = (replace(job, run=job.run / f"seed-{seed}") for seed in (3, 5))
+    third.wait_for_step(20)
+    job.cluster.call("scancel", "--signal=USR1", "--full", f"{job.id}_3")
+    third.wait_for_start(2)
+    job.cluster.until(lambda: job.id not in job.cluster.queue(), 240, "the array's end")
+    assert (third.num_starts, fifth.num_starts) == (2, 1), job.output
+    for task, seed in ((third, 3), (fifth, 5)):
+        assert task.newest() == STEPS and json.loads((task.run / "exit.json").read_text())["code"] == 0
+        assert f"\nseed: {seed}\n" in (task.run / "recipe.yaml").read_text()
+    codes, output = launching.run(1, ["train", str(recipe), "seed=3", "out=alone"], tmp_path, timeout=240)
+    assert codes == [0], output
+    assert run_state.tensors(third.run) == run_state.tensors(tmp_path / "alone")
+    assert run_state.tensors(third.run) != run_state.tensors(fifth.run)
+
+
+def test_the_doctor_looks_at_an_allocation(cluster: Cluster, long_recipe: Recipes, tmp_path: Path) -> None:
+    command = ["srun", "-N2", "--ntasks-per-node=1", sys.executable, "-m", "vitdist", "doctor", str(long_recipe())]
+    env = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    began = time.monotonic()
+    said = cluster.call(*command, "--slurm", "out=job", cwd=tmp_path, env=env).splitlines()
+    assert time.monotonic() - began < 60
+    assert any("all-reduce of 32 MB over 2 ranks on 2 hosts by gloo" in line for line in said), said
+    for node in ("node1", "node2"):
+        assert sum(line.startswith("ok   network") and f"{node}: {node} is 10.77.0." in line for line in said) == 1, (
+            said
+        )
+        assert any(f"{node}: rank" in line for line in said)
+    assert sum("320 training samples" in line for line in said) == 1 and not any("MEND" in line for line in said)
 
 
 def test_a_limit_that_no_signal_announced(long_recipe: Recipes, submit: Submit) -> None:
