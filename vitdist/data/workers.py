@@ -17,7 +17,7 @@ from vitdist.errors import LostError
 
 T_co = TypeVar("T_co", covariant=True)
 PATIENCE = (5.0, 10.0, 20.0)  # seconds, by attempt; a worker starts in hundredths of one
-# seconds before a fork in which the threads of a finished collective let go; without them 4 of 12 runs on 3.10 met a hang
+# seconds in which the threads of a finished collective let go before a fork; without it 4 of 12 runs on 3.10 met a hang
 LULL = 0.02 if sys.version_info < (3, 12) else 0.0
 
 log = logging.getLogger(__name__)
