@@ -32,7 +32,7 @@ FORBIDDEN = {
 }
 ONLY = {
     "accelerate": ("vitdist.runtime.engine",),
-    "deepspeed": ("vitdist.runtime.engine",),
+    "deepspeed": ("vitdist.runtime.zero",),
     "wandb": ("vitdist.tracking",),
     "webdataset": ("vitdist.data",),
 }

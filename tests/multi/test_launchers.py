@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import pytest
 from tests import launching, run_state
 from tests.conftest import ROOT, Recipes
 from vitdist.errors import UsageError
+from vitdist.recipe.load import load_recipe
+from vitdist.recipe.schema import Recipe
 from vitdist.runtime.launcher import check_launcher
 from vitdist.runtime.ranks import Ranks, discover
 
@@ -23,9 +26,9 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
-def test_real_launchers_give_the_same_losses(name: str, tiny_recipe: Recipes, tmp_path: Path) -> None:
-    recipe = tiny_recipe(train={"max_duration": "4steps", "global_batch_size": 24})
+@pytest.mark.parametrize(("name", "strategy"), [("torchrun", "ddp"), ("accelerate", "ddp"), ("accelerate", "zero3")])
+def test_real_launchers_give_the_same_losses(name: str, strategy: str, tiny_recipe: Recipes, tmp_path: Path) -> None:
+    recipe = tiny_recipe(train={"max_duration": "4steps", "global_batch_size": 24}, parallel={"strategy": strategy})
     launcher = [*LAUNCHERS[name], str(launching.free_port())]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
@@ -59,25 +62,49 @@ def test_ranks_of_each_launcher() -> None:
         discover({**torchrun, "RANK": "4"})
 
 
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recipe]:
+    path = tmp_path_factory.mktemp("recipes") / "recipe.yaml"
+    path.write_text("data: {path: nowhere}\n")
+    return lambda *changes: load_recipe(path, changes)
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "strategy", "key"),
     [
-        ("ACCELERATE_MIXED_PRECISION", "bf16"),
-        ("ACCELERATE_USE_DEEPSPEED", "true"),
-        ("ACCELERATE_USE_FSDP", "true"),
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "ddp", "train.precision: fp32"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "ddp", "parallel.strategy: ddp"),
+        ("ACCELERATE_USE_FSDP", "true", "ddp", "parallel.strategy: ddp"),
+        ("ACCELERATE_USE_FSDP", "true", "zero3", "parallel.strategy: zero3"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "ddp", "train.compile: false"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "ddp", "train.micro_batch_size"),
+        ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2", "zero3", "parallel.strategy: zero3"),
+        ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds.json", "zero3", "parallel.strategy: zero3"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "2.0", "zero3", "optimizer.clip_grad_norm: 1.0"),
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu", "zero3", "parallel.offload: none"),
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "nvme", "zero3", "parallel.offload: none"),
     ],
 )
-def test_a_launcher_that_contradicts_the_recipe_is_named(name: str, value: str) -> None:
-    with pytest.raises(UsageError, match=f"{name}={value}.*the recipe says"):
-        check_launcher("fp32", compile_model=False, environment={name: value})
+def test_a_launcher_that_contradicts_the_recipe_is_named(
+    name: str, value: str, strategy: str, key: str, recipes: Callable[..., Recipe]
+) -> None:
+    environment = {name: value, **({"ACCELERATE_USE_DEEPSPEED": "true"} if "_DEEPSPEED_" in name else {})}
+    environment |= {"ACCELERATE_USE_DEEPSPEED": "true"} if name == "ACCELERATE_GRADIENT_CLIPPING" else {}
+    with pytest.raises(UsageError, match=f"{name}={value}.*the recipe says {key}"):
+        check_launcher(recipes(f"parallel.strategy={strategy}"), environment)
 
 
-def test_what_a_launcher_exports_by_default_is_no_statement() -> None:
+def test_what_a_launcher_exports_by_default_is_no_statement(recipes: Callable[..., Recipe]) -> None:
     exported = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"}
-    check_launcher("bf16", compile_model=True, environment=exported)
-    check_launcher("bf16", compile_model=False, environment={"ACCELERATE_MIXED_PRECISION": "bf16"})
+    check_launcher(recipes("train.precision=bf16", "train.compile=true"), exported)
+    check_launcher(recipes("train.precision=bf16"), {"ACCELERATE_MIXED_PRECISION": "bf16"})
+    zero = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    }
+    check_launcher(recipes("parallel.strategy=zero2"), zero)
 
 
 def test_a_contradiction_stops_the_run(tiny_recipe: Recipes, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_exact_lines(block: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_mistakes_of_a_file_at_once_in_order() -> None:
     text = (
         "optimizer: {lerning_rate: 1, lr: x}\naugment:\n- flip\nseed: 1\nseed: 2\ntrain:\n  precision: bf17\n"
-        "  global_batch_size: 50\n  micro_batch_size: 8\nout: ${oops\nparallel: {strategy: zero1}\n"
+        "  global_batch_size: 50\n  micro_batch_size: 8\nout: ${oops\nparallel: {offload: cpu}\n"
     )
     problems = _problems(FIRST + text, "optimizer.betas=1", "nonsense")
     assert [problem.rpartition(":")[0].split(": ")[0].rpartition(":")[2] for problem in problems[:-2]] == [

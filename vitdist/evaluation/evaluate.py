@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import nn
 
 from vitdist.data.loader import Batch
@@ -47,17 +48,22 @@ def evaluate(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     num_levels: int,
+    blank: int | None = None,
 ) -> Evaluated:
     """Predict this rank's span and join all ranks' predictions. Collective.
 
     `model` is the module itself, not its DDP wrapper: no collective runs inside, so ranks may have different numbers of
-    batches. targets int32 [num_nodes, L] turns a packed label into class indices.
+    batches. Where one does (ZeRO-3), `blank` is the side of the empty picture with which a rank goes along that has no
+    more batches. targets int32 [num_nodes, L] turns a packed label into class indices.
     """
     parts = [_empty(num_levels)]
     damages: list[str] = []
     to_input = ToModelInput(mean, std).to(engine.device)
-    with evaluating(model), engine.autocast():
-        for batch in loader:
+    with evaluating(model, collective=blank is not None), engine.autocast():
+        for batch in loader if blank is None else engine.in_step(loader):
+            if batch is None:
+                model(torch.zeros(1, 3, blank or 0, blank or 0, device=engine.device))
+                continue
             damages += [str(damage) for damage in batch.damages]
             images = to_input(batch.images.to(engine.device, non_blocking=True))
             logits = [level.float().cpu().numpy() for level in model(images)]

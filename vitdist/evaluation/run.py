@@ -43,6 +43,7 @@ def run(path: Path, *, split: str, out: Path | None, overrides: Sequence[str]) -
         precision=recipe.train.precision,
         timeout_seconds=recipe.parallel.timeout.seconds,
         deterministic=recipe.train.deterministic,
+        tf32=recipe.train.tf32,
     )
     # rank 0 says which, so that a checkpoint published meanwhile is not read by some ranks only
     checkpoint = Path(engine.from_main(str(checkpoint)))

@@ -11,9 +11,6 @@ from vitdist.recipe.schema import Recipe
 Test = Callable[[Any], bool]
 
 NOT_BUILT: tuple[tuple[str, Test, str], ...] = (
-    ("parallel.strategy", lambda value: value != "ddp", "use ddp"),
-    ("parallel.offload", lambda value: value != "none", "use none"),
-    ("train.precision", lambda value: value == "fp16", "use bf16 or fp32"),
     ("train.micro_batch_size", lambda value: value == "auto", "use a number, or null for the whole share of a rank"),
     ("data.allow_pipe", bool, "use false: no command is run for data"),
     ("data.path", lambda value: value.startswith("pipe:"), "use a folder: no command is run for data"),

@@ -213,9 +213,16 @@ def folds(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict(("data.val.fold", "data.val.fraction"), text)
 
 
+def strategy(recipe: Recipe) -> Iterator[Conflict]:
+    """What needs the optimizer to be divided."""
+    if recipe.parallel.offload == "cpu" and recipe.parallel.strategy == "ddp":
+        keys = ("parallel.offload", "parallel.strategy")
+        yield Conflict(keys, "cpu, but ddp keeps optimizer state on the device; use none, or strategy: zero1")
+
+
 RULES: tuple[Rule, ...] = (
     refit_chooses_nothing, scratch_vit, weights_named_fully, random_features, head, levels, batches,
-    classes_balanced_once, schedule, scaled_rate, remote_data, folds,
+    classes_balanced_once, schedule, scaled_rate, remote_data, folds, strategy,
 )  # fmt: skip
 
 

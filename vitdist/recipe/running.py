@@ -25,7 +25,12 @@ class Train(Section):
     micro_batch_size: Annotated[int, Field(ge=1, le=2**20)] | Literal["auto"] | None = key(
         "samples a rank holds at once; null: its whole share; changes no number but rounding", None, unit="samples"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = key("number format of forward and backward", "fp32")
+    precision: Literal["fp32", "bf16", "fp16"] = key(
+        "number format of forward and backward; weights, gradients and moments are fp32, fp16 scales its loss", "fp32"
+    )
+    tf32: bool = key(
+        "fp32 products with 10 bits of mantissa on GPUs that can (Ampere, 2020, and later): faster, less exact", False
+    )
     deterministic: bool = key("only operations that repeat bit for bit on one kind of device; slower", False)
     compile: bool = key("compile the model; pays off on long runs", False)
     grad_checkpointing: bool = key("recompute blocks in backward: less memory, a third more time", False)
@@ -54,8 +59,10 @@ class Evaluation(Section):
 class Parallel(Section):
     """How ranks share the work."""
 
-    strategy: Literal["ddp", "zero1", "zero2", "zero3"] = key("what each rank holds of model and optimizer", "ddp")
-    offload: Literal["none", "cpu"] = key("where optimizer state rests", "none")
+    strategy: Literal["ddp", "zero1", "zero2", "zero3"] = key(
+        "what is divided over the ranks: nothing; optimizer state; gradients too; weights too", "ddp"
+    )
+    offload: Literal["none", "cpu"] = key("zero only: where optimizer state rests", "none")
     timeout: Clock = key("a rank that others have waited for so long counts as lost", Duration(10, "min"))
 
 

@@ -1,14 +1,18 @@
-"""The one module that talks to Accelerate: devices, precision, DDP, and the collectives the rest is written in."""
+"""The one module that talks to Accelerate: devices, precision, DDP, and the collectives the rest is written in.
+
+DeepSpeed is in runtime/zero.py; `Engine.join` chooses.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,26 +23,36 @@ from torch import nn
 
 from vitdist.errors import ResourceError, UsageError
 from vitdist.runtime import rng
+from vitdist.runtime.joined import Joined
+from vitdist.runtime.launcher import forget_launcher
 from vitdist.runtime.ranks import Ranks, export
+from vitdist.runtime.scaling import LossScale
+from vitdist.runtime.zero import Sharded, settings
 
-MIXED_PRECISION = {"fp32": "no", "bf16": "bf16"}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class Engine:
     """One process's view of all ranks. Every method marked collective must be called by every rank."""
 
-    def __init__(self, ranks: Ranks, *, precision: str, timeout_seconds: float, deterministic: bool) -> None:
+    def __init__(
+        self, ranks: Ranks, *, precision: str, timeout_seconds: float, deterministic: bool, tf32: bool = False
+    ) -> None:
         """Collective: every rank calls this. UsageError when the launcher did not connect all ranks."""
         use_cpu = _wants_cpu()
         export(ranks)
+        forget_launcher()
         if deterministic:
             _make_deterministic()
         self.ranks = ranks
         # Accelerate would choose a number of its own, and warn about it
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
         self._accelerator = Accelerator(
-            # given here, the recipe's word beats what the launcher exports by default (ACCELERATE_MIXED_PRECISION=no)
-            mixed_precision=MIXED_PRECISION[precision],
+            # given here, so that nothing is taken from the launcher; the recipe's precision is `autocast` below
+            mixed_precision="no",
             cpu=use_cpu,
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds)),
@@ -50,6 +64,10 @@ class Engine:
                 f"{ranks.world} ranks were started but Accelerate joined {self._accelerator.num_processes}; "
                 "on machines without a GPU set ACCELERATE_USE_CPU=true, and use --multi_gpu with accelerate launch"
             )
+        self._dtype = DTYPES[precision]
+        self._more_groups: list[dist.ProcessGroup] = []
+        _check_precision(self.device, precision)
+        _set_tf32(self.device, tf32, tell=ranks.is_main)
 
     @property
     def rank(self) -> int:
@@ -69,38 +87,63 @@ class Engine:
 
     # ---- the model
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """The model on its device, in its precision, joined to the other ranks by rank 0's weights. Collective."""
+    def join(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        strategy: str,
+        offload: bool,
+        clip: float | None,
+        micro_batch_size: int,
+        accumulation: int,
+    ) -> Joined:
+        """The model on its device, joined to the other ranks' by rank 0's weights, with its optimizer. Collective."""
+        scale = LossScale(self.device) if self._dtype is torch.float16 else None
+        if strategy == "ddp":
+            return Joined(self, model, optimizer, clip=clip, scale=scale)
+        config = settings(
+            strategy,
+            offload=offload,
+            clip=clip,
+            micro_batch_size=micro_batch_size,
+            accumulation=accumulation,
+            world=self.world,
+            size=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        )
+        return Sharded(self, model, optimizer, clip=clip, scale=scale, config=config)
+
+    def replicate(self, model: nn.Module) -> nn.Module:
+        """The model under DDP where there are several ranks. Collective."""
         prepared: nn.Module = self._accelerator.prepare_model(model.to(self.device))
         return prepared
 
     def warm_up(self, model: nn.Module, image_size: int) -> None:
-        """A forward and backward whose gradients are thrown away. Collective.
+        """A forward and backward under DDP whose gradients are thrown away. Collective.
 
         DDP rebuilds its buckets after a process's first iteration, so the first resumed step would sum gradients in
         another order than the uninterrupted run's (1.2e-7 at 3 and more ranks). After this call every step is alike.
         """
-        tensors, plain = rng.get_state()
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         images = torch.zeros(2, 3, image_size, image_size, device=self.device)
-        self._accelerator.backward(sum(logits.sum() * 0.0 for logits in model(images)))
+        with rng.kept():
+            with self.autocast():
+                loss = sum(logits.sum() * 0.0 for logits in model(images))
+            loss.backward()
         model.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
-        rng.set_state(tensors, plain)
 
-    def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-        """Around the forward and backward of a micro-batch: gradients travel only with the last one."""
-        return contextlib.nullcontext() if last else self._accelerator.no_sync(model)
+    def local_gradients(self, model: nn.Module, *, local: bool) -> AbstractContextManager[None]:
+        """Around a forward and backward under DDP: where `local`, gradients stay on their rank."""
+        return self._accelerator.no_sync(model) if local else contextlib.nullcontext()
 
-    def backward(self, loss: torch.Tensor) -> None:
-        self._accelerator.backward(loss)
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """The precision of the recipe, for forwards outside the prepared model (evaluation)."""
-        context: AbstractContextManager[None] = self._accelerator.autocast()
-        return context
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of the recipe, around forwards."""
+        if self._dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self._dtype)
 
     # ---- collectives
 
@@ -159,6 +202,15 @@ class Engine:
         """Rank 0's JSON value on every rank: one decides, all agree. Collective."""
         return self.gather_json(value if self.is_main else None)[0]
 
+    def in_step(self, batches: Iterable[T]) -> Iterator[T | None]:
+        """This rank's batches, then None for as long as any rank has more: for forwards that are collective."""
+        mine = iter(batches)
+        while True:
+            batch = next(mine, None)
+            if not self.sum(np.array([batch is not None], dtype=np.int64))[0]:
+                return
+            yield batch
+
     def barrier(self) -> None:
         """Collective."""
         if self.world > 1:
@@ -168,10 +220,12 @@ class Engine:
 
     def set_timeout(self, seconds: float) -> None:
         """How long a collective waits for the other ranks from now on. Not collective."""
-        if self.world > 1:
-            dist.set_timeout(timedelta(seconds=seconds), None) if hasattr(dist, "set_timeout") else _old_timeout(
-                seconds
-            )
+        for group in (None, *self._more_groups) if self.world > 1 else ():
+            _set_timeout(timedelta(seconds=seconds), group)
+
+    def also_times_out(self, group: dist.ProcessGroup) -> None:
+        """A process group that somebody else made waits as long as the engine's own."""
+        self._more_groups.append(group)
 
     def close(self) -> None:
         """Leave the process group."""
@@ -203,12 +257,6 @@ class PendingSum:
         return values
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module behind DDP."""
-    inner: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    return inner
-
-
 def set_threads(ranks: Ranks, number: int | None = None) -> int:
     """Set the number of CPU threads, which changes bits: `number`, else this rank's share of the cores it may use."""
     cores = len(os.sched_getaffinity(0))
@@ -218,12 +266,15 @@ def set_threads(ranks: Ranks, number: int | None = None) -> int:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training mode is put back."""
+def evaluating(model: nn.Module, *, collective: bool = False) -> Iterator[None]:
+    """Evaluation mode without gradients; training mode is put back.
+
+    `collective`: the forward collects weights (ZeRO-3), which must not become inference tensors.
+    """
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad() if collective else torch.inference_mode():
             yield
     finally:
         model.train(was_training)
@@ -249,6 +300,23 @@ def _make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _old_timeout(seconds: float) -> None:
+def _set_timeout(timeout: timedelta, group: dist.ProcessGroup | None) -> None:
     """Before torch 2.14 the same function had a private name."""
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    set_timeout(timeout, group)
+
+
+def _check_precision(device: torch.device, precision: str) -> None:
+    """UsageError for a number format that the device has not."""
+    if device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise UsageError(f"train.precision: {name} computes no bf16; use fp16 (its loss is scaled) or fp32")
+
+
+def _set_tf32(device: torch.device, wanted: bool, *, tell: bool) -> None:
+    """TF32 for fp32 products as the recipe says, convolutions included, which torch would let do it anyway."""
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if wanted and not able and tell:
+        log.warning("train.tf32: this device (%s) has none; products stay in full fp32", device.type)
+    torch.backends.cuda.matmul.allow_tf32 = wanted and able
+    torch.backends.cudnn.allow_tf32 = wanted and able

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -40,3 +42,13 @@ def set_state(tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
     random.setstate((version, tuple(tensors["python"].tolist()), python_gauss))
     if torch.cuda.is_available() and "cuda" in tensors:
         torch.cuda.set_rng_state(tensors["cuda"])
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Whatever draws inside the block leaves the generators as they were."""
+    tensors, plain = get_state()
+    try:
+        yield
+    finally:
+        set_state(tensors, plain)

@@ -23,6 +23,7 @@ from vitdist.runtime.agree import everywhere, on_main
 from vitdist.runtime.engine import Engine, set_threads
 from vitdist.runtime.faults import Faults
 from vitdist.runtime.lock import RunLock
+from vitdist.runtime.shards import num_elements
 from vitdist.runtime.stop import StopFlag
 from vitdist.runtime.watch import Watch
 from vitdist.tracking import WandbTracker
@@ -65,7 +66,7 @@ def build_job(
     rng.seed_everything(recipe.seed, 0)  # the same first weights on every rank
     model = everywhere(
         engine, lambda: assemble.build_model(recipe, datasets.tree, weights=None if checkpoint is None else "none")
-    ).to(engine.device)
+    ).to(_home(recipe, engine))
     store = Store(Path(recipe.out), mark=faults.point)
     job = Job(
         recipe=recipe,
@@ -76,7 +77,6 @@ def build_job(
         batch=batch_split(recipe, engine.world),
         preprocessing=assemble.preprocessing_of(recipe, model),
         model=model,
-        wrapped=model,
         optimizer=assemble.build_optimizer_of(recipe, model),
         schedule=assemble.build_schedule_of(recipe, plan.steps_per_epoch, max_steps),
         state=TrainState(num_threads=torch.get_num_threads(), world=engine.world),
@@ -96,6 +96,11 @@ def build_job(
     on_main(engine, lambda: _check_room(job))
     _connect(job)
     return job
+
+
+def _home(recipe: Recipe, engine: Engine) -> torch.device:
+    """Where a model stands until the ranks are joined: what will be divided is whole in host memory before."""
+    return engine.device if recipe.parallel.strategy == "ddp" else torch.device("cpu")
 
 
 def _check_room(job: Job) -> None:
@@ -119,9 +124,11 @@ def _begin(job: Job) -> None:
     """A first start: the probe, the average, and generators that differ by rank. Collective."""
     rng.seed_everything(job.recipe.seed, job.engine.rank)
     if job.recipe.model.head_init == "probe":
+        job.model.to(job.engine.device)
         start_from_probe(
             job.engine, job.recipe, job.model, job.datasets, job.preprocessing, num_workers=job.num_workers
         )
+        job.model.to(_home(job.recipe, job.engine))
     job.ema = _average(job)
 
 
@@ -164,9 +171,22 @@ def _connect(job: Job) -> None:
     )
     if recipe.train.compile:
         job.model.compile()
-    job.wrapped = job.engine.prepare(job.model)
-    if not job.faults.asked("cold", "warm-up", 0):  # the tests' negative control
-        job.engine.warm_up(job.wrapped, job.preprocessing.image_size)
+    job.joined = job.engine.join(
+        job.model,
+        job.optimizer,
+        strategy=recipe.parallel.strategy,
+        offload=recipe.parallel.offload == "cpu",
+        clip=recipe.optimizer.clip_grad_norm,
+        micro_batch_size=job.batch.micro_batch_size,
+        accumulation=job.batch.accumulation,
+    )
+    if job.ema is not None:
+        job.ema.move(job.joined.divided(job.ema.average))
+    if job.joined.scale is not None and job.loss_scale:
+        job.joined.scale.load_state_dict(job.loss_scale)
+    # `cold` is the tests' negative control
+    if recipe.parallel.strategy == "ddp" and not job.faults.asked("cold", "warm-up", 0):
+        job.engine.warm_up(job.joined.wrapped, job.preprocessing.image_size)
     job.journal = _open_journal(job)
 
 
@@ -218,7 +238,7 @@ def introduce(job: Job, start: Start) -> None:
         device=str(job.engine.device),
         data={"path": job.recipe.data.path, "hash": job.datasets.index.hash},
         weights=record.to_json() if record is not None else known.get("weights"),
-        parameters=sum(parameter.numel() for parameter in job.model.parameters()),
+        parameters=sum(num_elements(parameter) for parameter in job.model.parameters()),
     )
     log.info(
         "%s: %d training samples, %d steps of %d = %d rank%s x micro-batch %d x accumulation %d, on %s, seed %d",
@@ -230,3 +250,5 @@ def introduce(job: Job, start: Start) -> None:
         log.info("learning rate: %s", explained(job.recipe))
     if record is not None:
         log.info("%s", record)
+    if job.joined.config is not None:
+        folder.write_text(job.run_dir / "deepspeed.json", json.dumps(job.joined.config, indent=1) + "\n")

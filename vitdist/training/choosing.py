@@ -28,16 +28,20 @@ def measure(job: Job, selection: Selection) -> Evaluated:
         num_workers=job.num_workers,
     )
     weights = contextlib.nullcontext() if job.ema is None else job.ema.applied(job.model)
+    job.joined.release()
     with weights:
-        return evaluate(
+        found = evaluate(
             job.engine,
-            job.model,
+            job.joined.evaluated,
             _watched(job, loader),
             job.datasets.targets,
             mean=job.preprocessing.mean,
             std=job.preprocessing.std,
             num_levels=job.datasets.tree.num_levels,
+            blank=job.preprocessing.image_size if job.joined.forward_is_collective else None,
         )
+        job.joined.release()
+    return found
 
 
 def _watched(job: Job, loader: Iterable[Batch]) -> Iterator[Batch]:

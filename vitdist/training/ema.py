@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitdist.errors import CheckpointError
+from vitdist.runtime.shards import held
 
 COUNT = "num_updates"
 CHUNK = 64  # tensors averaged at once
@@ -49,6 +50,11 @@ class ModelEMA:
         if not self.warmup:
             return torch.full_like(self.num_updates, self.decay)
         return ((1.0 + self.num_updates) / (10.0 + self.num_updates)).clamp(max=self.decay)
+
+    def move(self, average: dict[str, Tensor]) -> None:
+        """Go on with the same average elsewhere: on another device, or this rank's pieces of it."""
+        self.average = average
+        self.num_updates = self.num_updates.to(next(iter(average.values())).device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged tensors by their names in the model, and the count of updates: plain tensors, no copies."""
@@ -103,7 +109,8 @@ def _averaged(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in model.named_parameters() if tensor.is_floating_point()}
+    """What this rank holds of them: under ZeRO-3 its pieces, whose average is the pieces of the average."""
+    return {name: held(tensor) for name, tensor in model.named_parameters() if tensor.is_floating_point()}
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

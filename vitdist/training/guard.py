@@ -17,11 +17,19 @@ class NonFiniteGuard:
         self.total = torch.tensor(float(total), device=device)
         self.in_row = torch.tensor(float(in_row), device=device)
 
-    def judge(self, norm: torch.Tensor) -> torch.Tensor:
-        """float32 scalar for the optimizer's found_inf: this step is bad, or the limit was passed before."""
+    def is_past(self) -> torch.Tensor:
+        """Whether the limit was passed (bool, 0-dim): then no later update may take effect."""
+        return self.in_row > self._limit
+
+    def judge(self, norm: torch.Tensor, forgiven: torch.Tensor | None = None) -> torch.Tensor:
+        """float32 scalar for the optimizer's found_inf: this step is bad, or the limit was passed before.
+
+        A bad step is skipped but not counted where it is `forgiven` (bool, 0-dim): a loss scale that can still fall.
+        """
         bad = (~torch.isfinite(norm)).float()
         # past the limit the count never falls again: no later update takes effect until all ranks have stopped
-        past = (self.in_row > self._limit).float()
-        self.in_row = torch.where(past > 0, self.in_row + 1, (self.in_row + 1) * bad)
-        self.total = self.total + bad
+        past = self.is_past().float()
+        counted = bad if forgiven is None else bad * (~forgiven).float()
+        self.in_row = torch.where(past > 0, self.in_row + 1, (self.in_row + 1) * counted)
+        self.total = self.total + counted
         return torch.maximum(bad, past)

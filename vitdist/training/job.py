@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from vitdist.runtime import rng
 from vitdist.runtime.agree import FailedElsewhere, everywhere, on_main
 from vitdist.runtime.engine import Engine
 from vitdist.runtime.faults import Faults
+from vitdist.runtime.joined import Joined
 from vitdist.runtime.lock import RunLock
 from vitdist.runtime.stop import StopFlag
 from vitdist.runtime.watch import Watch
@@ -43,7 +45,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Job:
-    """One training. `model` is the plain module, `wrapped` what the engine made of it; `state` is saved."""
+    """One training. `model` is the plain module, `joined` what the ranks made of it; `state` is saved."""
 
     recipe: Recipe
     run_dir: Path
@@ -53,7 +55,6 @@ class Job:
     batch: BatchSplit
     preprocessing: Preprocessing
     model: Classifier
-    wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     state: TrainState
@@ -67,8 +68,10 @@ class Job:
     saver: Saver | None  # there too
     ema: ModelEMA | None = None
     host: HostMemory = field(default_factory=HostMemory)
+    joined: Joined = field(init=False)
     guard: NonFiniteGuard = field(init=False)
     journal: Journal = field(init=False)
+    loss_scale: dict[str, Tensor] = field(default_factory=dict)  # of fp16, as a checkpoint had it
     first_step: int = 1  # the first this start makes
     num_damaged: int = 0  # samples replaced so far, agreed by all ranks
     damaged_here: Counter[str] = field(default_factory=Counter)  # on this rank since the last save, by kind and shard
@@ -84,6 +87,8 @@ class Job:
         seconds = self.recipe.parallel.timeout.seconds
         self.engine.set_timeout(seconds)
         self.watch.arm()
+        if (line := self.joined.holdings()) is not None:
+            log.info("%s", line)
 
     def save(self) -> None:
         """Publish a checkpoint of this step. Collective; rank 0 writes in a thread, and the steps go on meanwhile.
@@ -137,16 +142,17 @@ class Job:
         self.damaged_here.clear()
 
     def _snapshot(self) -> files.Snapshot | None:
-        """Collective: gathers every rank's generators. The snapshot is on rank 0 only."""
+        """Collective: gathers every rank's generators, and tensors that are divided. On rank 0 only."""
         self._gather_damage()
         tensors, plain = rng.get_state()
         generators = self.engine.gather_json({"plain": plain, "tensors": {k: v.tolist() for k, v in tensors.items()}})
+        here = self._tensors()
         if not self.engine.is_main:
             return None
         self.state.schedule = self.schedule.state_dict()
         self.state.num_nonfinite = int(self.guard.total.item())
         self.state.num_nonfinite_in_row = int(self.guard.in_row.item())
-        model, training = self._copies()
+        model, training = self._copies(here)
         return files.Snapshot(
             step=self.state.step,
             model=model,
@@ -158,12 +164,18 @@ class Job:
             weights="raw" if self.ema is None else "ema",
         )
 
-    def _copies(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(the weights to use, what going on needs), in host memory, where they stay until the next call."""
-        here = files.under("optimizer/", files.optimizer_tensors(self.optimizer))
-        here |= files.under("model/", self.model.state_dict())
+    def _tensors(self) -> dict[str, Tensor]:
+        """All tensors of a checkpoint, whole, as they stand. Collective; what counts is on rank 0."""
+        here = files.under("optimizer/", self.joined.optimizer_tensors())
+        here |= files.under("model/", self.joined.weights())
         if self.ema is not None:
-            here |= files.under("ema/", self.ema.state_dict())
+            here |= files.under("ema/", self.joined.gathered(self.ema.state_dict()))
+        if self.joined.scale is not None:
+            here |= files.under("scale/", self.joined.scale.state_dict())
+        return here
+
+    def _copies(self, here: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(the weights to use, what going on needs), in host memory, where they stay until the next call."""
         copies = self.host.copies(here)
         own = files.with_prefix(copies, "model/")
         if self.ema is None:
@@ -174,7 +186,7 @@ class Job:
 def load_model(model: nn.Module, folder: Path, tree_json: Any) -> None:
     """Load model.safetensors strictly; CheckpointError when the checkpoint is of another tree or model."""
     _check_tree(files.read_json(folder / files.TAXONOMY), tree_json, folder)
-    _load_strictly(model, files.read_tensors(folder / files.MODEL), folder)
+    _load_strictly(model.load_state_dict, files.read_tensors(folder / files.MODEL), folder)
 
 
 def _check_tree(found: Any, wanted: Any, folder: Path) -> None:
@@ -185,9 +197,9 @@ def _check_tree(found: Any, wanted: Any, folder: Path) -> None:
         )
 
 
-def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+def _load_strictly(load: Callable[[dict[str, Tensor]], object], tensors: dict[str, Tensor], folder: Path) -> None:
     try:
-        model.load_state_dict(tensors)
+        load(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{folder} does not fit this model: {' '.join(str(error).split())[:300]}") from None
 
@@ -204,6 +216,7 @@ def restore(job: Job, folder: Path, *, allow_inexact: bool) -> TrainState:
     """
     read = _Files(job.engine, folder)
     weights = _read_weights(job, read)
+    everywhere(job.engine, lambda: _load_strictly(job.model.load_state_dict, weights, folder))
     try:
         return _restore_training(job, read)
     except (*_STRANGE, VitdistError) as error:
@@ -218,14 +231,14 @@ def restore(job: Job, folder: Path, *, allow_inexact: bool) -> TrainState:
 
 
 def take_weights(job: Job, folder: Path) -> None:
-    """Put a checkpoint's weights into the model of every rank, as rank 0 reads them. Collective."""
-    _read_weights(job, _Files(job.engine, folder))
+    """Put a checkpoint's weights into the joined model, as rank 0 reads them. Collective."""
+    weights = _read_weights(job, _Files(job.engine, folder))
+    everywhere(job.engine, lambda: _load_strictly(job.joined.load, weights, folder))
 
 
 def _read_weights(job: Job, read: _Files) -> dict[str, Tensor]:
     weights = read.tensors(files.MODEL)
     _check_tree(read.json(files.TAXONOMY), job.datasets.tree.to_json(), read.folder)
-    everywhere(job.engine, lambda: _load_strictly(job.model, weights, read.folder))
     return weights
 
 
@@ -242,9 +255,10 @@ def _restore_training(job: Job, read: _Files) -> TrainState:
 
 def _take_up(job: Job, state: TrainState, generators: Any, training: dict[str, Tensor], folder: Path) -> None:
     if job.ema is not None:
-        _load_strictly(job.model, files.with_prefix(training, "model/"), folder)
+        _load_strictly(job.model.load_state_dict, files.with_prefix(training, "model/"), folder)
         job.ema.load_state_dict(files.with_prefix(training, "ema/"))
     files.load_optimizer(job.optimizer, files.with_prefix(training, "optimizer/"))
+    job.loss_scale = files.with_prefix(training, "scale/")
     job.schedule.load_state_dict(state.schedule)
     if state.world == job.engine.world:
         _set_generators(generators[job.engine.rank])
@@ -257,7 +271,7 @@ def _take_up(job: Job, state: TrainState, generators: Any, training: dict[str, T
 def _only_weights(job: Job, read: _Files, weights: dict[str, Tensor]) -> TrainState:
     """Going on without the rest: a new optimizer and schedule, an average that starts from the weights."""
     job.optimizer.state.clear()
-    _load_strictly(job.model, weights, read.folder)
+    _load_strictly(job.model.load_state_dict, weights, read.folder)
     if job.ema is not None:
         job.ema = ModelEMA(job.model, job.ema.decay, warmup=job.ema.warmup)
     step = read.manifest()["step"]

@@ -114,6 +114,7 @@ def settle(job: Job, pending: Pending | None, seconds: float) -> Report | None:
             "grad_norm": report.grad_norm,
             "data_wait": report.data_wait,
             "images_per_second": job.plan.global_batch_size / max(seconds, 1e-9),
+            **({"loss_scale": report.loss_scale} if report.loss_scale else {}),
             **({"damaged": job.num_damaged} if job.num_damaged else {}),
             **({"inexact": True} if job.state.inexact else {}),
         }

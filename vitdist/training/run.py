@@ -49,7 +49,7 @@ def run(recipe: Recipe, options: Options) -> int:
         raise UsageError(
             f"--debug is the single-device mode, but {ranks.world} ranks were started; leave the launcher out"
         )
-    check_launcher(recipe.train.precision, compile_model=recipe.train.compile)
+    check_launcher(recipe)
     batch_split(recipe, ranks.world)  # refused before anything is touched
     stop = StopFlag(
         Path(recipe.out),
@@ -63,6 +63,7 @@ def run(recipe: Recipe, options: Options) -> int:
         precision=recipe.train.precision,
         timeout_seconds=max(START_SECONDS, recipe.parallel.timeout.seconds),  # `Job.arm` shortens it
         deterministic=recipe.train.deterministic,
+        tf32=recipe.train.tf32,
     )
     watch = Watch(ranks, timeout=recipe.parallel.timeout.seconds)
     return _Run(recipe, options, ranks, engine, stop, watch).go()

@@ -14,7 +14,7 @@ from vitdist import optim
 from vitdist.data.loader import Batch
 from vitdist.data.mixing import ToModelInput
 from vitdist.errors import DataError, VitdistError
-from vitdist.losses import hierarchical_loss, regularisation
+from vitdist.losses import hierarchical_loss
 from vitdist.runtime.engine import PendingSum
 from vitdist.runtime.failures import classify
 from vitdist.runtime.stop import Reason
@@ -23,7 +23,7 @@ from vitdist.training.job import Job
 from vitdist.training.weighting import Weighting
 
 # places in the report's vector
-_LOSS, _WAIT, _DAMAGED, _NORM, _TOTAL, _IN_ROW, _SAVE, _REASONS = range(8)
+_LOSS, _WAIT, _DAMAGED, _NORM, _TOTAL, _IN_ROW, _SCALE, _SAVE, _REASONS = range(9)
 _RANKS = _REASONS + len(Reason)  # from here on two numbers a rank: its failure's code, and whether its loss was finite
 
 
@@ -37,6 +37,7 @@ class Report:
     loss: float
     data_wait: float  # seconds, the mean over ranks
     grad_norm: float
+    loss_scale: float  # 0 where nothing is scaled
     num_damaged: int
     num_nonfinite: int
     num_nonfinite_in_row: int
@@ -68,6 +69,7 @@ class Pending:
             loss=values[_LOSS],
             data_wait=values[_WAIT] / self.world,
             grad_norm=values[_NORM],
+            loss_scale=values[_SCALE],
             num_damaged=int(values[_DAMAGED]),
             num_nonfinite=int(values[_TOTAL]),
             num_nonfinite_in_row=int(values[_IN_ROW]),
@@ -87,7 +89,6 @@ class Stepper:
         self._targets = torch.from_numpy(job.datasets.targets.astype(np.int64)).to(job.engine.device)
         self._level_weights = level_weights_of(job.recipe, job.datasets.tree)
         self._weighting = Weighting(job.recipe, job.datasets, job.plan, job.preprocessing.image_size, job.engine.device)
-        self._trained = [p for group in job.optimizer.param_groups for p in group["params"]]
 
     def __call__(self, stream: Iterator[Batch], *, save: bool) -> Pending:
         """Train on the next global batch of the stream. Collective. `save`: this rank wishes for a checkpoint."""
@@ -98,12 +99,9 @@ class Stepper:
         job.at("step", step + 1)
         loss, wait, num_damaged, failure = self._accumulate(stream, step)
         job.at("optimizer", step + 1)
-        norm = optim.clip_grad_norm(self._trained, job.recipe.optimizer.clip_grad_norm)
-        found_inf = job.guard.judge(norm)
-        optim.step(job.optimizer, found_inf)
+        norm, found_inf = job.joined.update(job.guard)
         if job.ema is not None:
             job.ema.update(job.model, found_inf)
-        job.optimizer.zero_grad(set_to_none=True)
         job.at("report", step + 1)
         if failure is None and job.saver is not None and job.saver.failure is not None:
             failure = classify(job.saver.failure)
@@ -128,17 +126,12 @@ class Stepper:
             if not batch.valid.all():
                 failure = failure or _damaged(job.engine.rank, step + 1, batch)
             job.journal.samples(batch, step + 1)
-            with job.engine.accumulate(job.wrapped, last=last):
+            with job.joined.accumulate(last=last):
                 loss = self._loss(batch.to(job.engine.device), denominators, poison=self._poison(failure, step))
                 if last:
-                    loss = (
-                        loss
-                        + regularisation(self._trained, l1=job.recipe.loss.l1, l2=job.recipe.loss.l2 / 2)
-                        / job.engine.world
-                    )
+                    loss = loss + job.joined.penalty(l1=job.recipe.loss.l1, l2=job.recipe.loss.l2 / 2)
                 job.at("backward", step + 1)
-                # DDP takes the mean of the ranks' gradients; the objective is a sum
-                job.engine.backward(loss * job.engine.world)
+                job.joined.backward(loss)
             total += loss.detach()
         return total, wait, num_damaged, failure
 
@@ -148,7 +141,7 @@ class Stepper:
         lam = None if batch.mix is None else batch.mix.lam
         targets = self._targets[batch.labels]
         loss = hierarchical_loss(
-            self._job.wrapped(images),
+            self._job.joined(images),
             targets,
             denominators=denominators,
             lam=lam,
@@ -177,6 +170,8 @@ class Stepper:
         vector[mine + 1] = ~torch.isfinite(loss)
         if engine.is_main:  # equal on all ranks: one tells
             vector[_NORM], vector[_TOTAL], vector[_IN_ROW] = norm, guard.total, guard.in_row
+            if (scale := self._job.joined.scale) is not None:
+                vector[_SCALE] = scale.value
         return engine.sum_later(vector)
 
 
