@@ -32,7 +32,7 @@ FORBIDDEN = {
 }
 ONLY = {
     "accelerate": ("vitdist.runtime.engine",),
-    "deepspeed": ("vitdist.runtime.zero",),
+    "deepspeed": ("vitdist.runtime.zero_setup",),
     "wandb": ("vitdist.tracking",),
     "webdataset": ("vitdist.data",),
 }

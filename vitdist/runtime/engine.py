@@ -27,7 +27,8 @@ from vitdist.runtime.joined import Joined
 from vitdist.runtime.launcher import forget_launcher
 from vitdist.runtime.ranks import Ranks, export
 from vitdist.runtime.scaling import LossScale
-from vitdist.runtime.zero import Sharded, settings
+from vitdist.runtime.zero import Sharded
+from vitdist.runtime.zero_setup import settings
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 T = TypeVar("T")

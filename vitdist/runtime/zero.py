@@ -4,61 +4,26 @@ The parameters are float32 at every stage and `train.precision` is autocast insi
 accumulation, moments and checkpoints are float32 too, and the strategies differ by rounding only. DeepSpeed's own bf16
 mode would halve what ranks hold of the weights, and train another model than DDP does.
 
-deepspeed is imported when a recipe asks for it. Its attributes used here are those of 0.17 to 0.19.
+Attributes of DeepSpeed's engine and optimizers used here are those of 0.17 to 0.19.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from vitdist.errors import UsageError
 from vitdist.runtime import rng
 from vitdist.runtime.joined import Guard, Joined
 from vitdist.runtime.scaling import LossScale
 from vitdist.runtime.shards import Cut, Dealt, Layout, held, num_bytes, num_elements, part_of, to_main, whole_of
+from vitdist.runtime.zero_setup import deepspeed_for, quiet
 
 if TYPE_CHECKING:
     from vitdist.runtime.engine import Engine
-
-STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
-_BUCKET = 50_000_000  # elements that travel at once
-_SUB_GROUP = 100_000_000  # elements that ZeRO-3 updates at once
-
-
-def settings(
-    strategy: str, *, offload: bool, clip: float | None, micro_batch_size: int, accumulation: int, world: int, size: int
-) -> dict[str, Any]:
-    """DeepSpeed's configuration, all of it from the recipe; `size` is the number of trained parameters."""
-    bucket = 2 * (min(_BUCKET, size) // 2 + 1)
-    zero: dict[str, Any] = {
-        "stage": STAGES[strategy],
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
-        "stage3_prefetch_bucket_size": bucket // 10,
-        "stage3_param_persistence_threshold": 0,  # small parameters are divided like all others
-        "sub_group_size": _SUB_GROUP,
-    }
-    if offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
-        "train_batch_size": world * micro_batch_size * accumulation,
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": clip or 0.0,  # 0 is off; the argument of clip_grad_norm_ would be ignored
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_allow_untested_optimizer": True,  # torch's fused ones
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": zero,
-    }
 
 
 class Sharded(Joined):
@@ -86,8 +51,8 @@ class Sharded(Joined):
     def _join(self) -> nn.Module:
         known = {self._names[id(parameter)]: state for parameter, state in self.optimizer.state.items()}
         self.optimizer.state.clear()
-        deepspeed = _deepspeed(self.engine)
-        with rng.kept(), _quiet():
+        deepspeed = deepspeed_for(self.engine)
+        with rng.kept(), quiet():
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=_InPrecision(self.model, self.engine), optimizer=self.optimizer, config=self.config
             )
@@ -302,32 +267,3 @@ class _InPrecision(nn.Module):
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:.2f} MiB"
-
-
-def _deepspeed(engine: Engine) -> Any:
-    """The package, made ready: on this device, in the ranks' own process group, and quiet."""
-    os.environ.setdefault("DS_ACCELERATOR", engine.device.type)
-    os.environ.setdefault("LOCAL_RANK", str(engine.ranks.local_rank))
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    try:
-        with _quiet():
-            import deepspeed
-    except ImportError:
-        raise UsageError(
-            "parallel.strategy zero1 to zero3 needs DeepSpeed: pip install 'vitdist[deepspeed]', or use ddp"
-        ) from None
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # importing it sets it anew
-    warnings.filterwarnings("ignore", message=r".*torch\.distributed.* is deprecated", category=FutureWarning)
-    # a C++ operator for inference, which every rank would compile at its first start
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    return deepspeed
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
