@@ -17,6 +17,9 @@ from vitdist.checkpoint.store import Store
 from vitdist.metrics_log import read_metrics
 
 STAGES = ("zero1", "zero2", "zero3")
+SLOW = pytest.mark.slow
+# what is divided otherwise: 1 and 2 differ in when gradients travel only
+SPARSE = ["zero1", pytest.param("zero2", marks=SLOW), "zero3"]
 
 
 def train(world: int, recipe: Path, folder: Path, out: str, *more: str, fault: str = "", code: int = 0) -> str:
@@ -51,7 +54,7 @@ def everything(recipes: Recipes, **changes: Any) -> Path:
 def hundred(tiny_recipe: Recipes) -> Path:
     return everything(
         tiny_recipe,
-        train={"max_duration": "100steps", "global_batch_size": 24, "micro_batch_size": 6},
+        train={"max_duration": "100steps", "global_batch_size": 8, "micro_batch_size": 2},
         evaluation={"every": "25steps"},
         checkpoint={"every": "50steps"},
         lr_scheduler={"name": "plateau", "monitor": "val/loss", "patience": 0, "threshold": 0.5, "warmup": "2steps"},
@@ -97,14 +100,14 @@ def test_100_steps_agree_with_ddp(hundred: Path, tmp_path: Path) -> None:
 def short(tiny_recipe: Recipes) -> Path:
     return everything(
         tiny_recipe,
-        train={"max_duration": "8steps", "global_batch_size": 24, "micro_batch_size": 6},
+        train={"max_duration": "8steps", "global_batch_size": 8, "micro_batch_size": 2},
         evaluation={"every": "3steps"},
         checkpoint={"every": "2steps", "keep_last": 100},
         model__drop_path=0.1,
     )
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", SPARSE)
 def test_stopped_and_resumed_at_2_is_identical(stage: str, short: Path, tmp_path: Path) -> None:
     wish = f"parallel.strategy={stage}"
     train(2, short, tmp_path, "whole", wish)
@@ -117,28 +120,31 @@ def test_stopped_and_resumed_at_2_is_identical(stage: str, short: Path, tmp_path
     assert not [path for path in whole.rglob("*") if path.suffix in (".pt", ".pth", ".pkl", ".bin")]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_checkpoint_is_ddps_and_goes_on_with_other_ranks(stage: str, tiny_recipe: Recipes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "world"), [("zero1", 1), ("zero3", 1), *(pytest.param(s, 3, marks=SLOW) for s in STAGES)]
+)
+def test_a_checkpoint_is_ddps_and_goes_on_with_other_ranks(
+    stage: str, world: int, tiny_recipe: Recipes, tmp_path: Path
+) -> None:
     recipe = everything(
         tiny_recipe,
-        train={"max_duration": "8steps", "global_batch_size": 24},
-        evaluation={"every": "4steps"},
-        checkpoint={"every": "2steps", "keep_last": 100},
+        train={"max_duration": "8steps", "global_batch_size": 12},
+        evaluation={"every": "8steps"},
+        checkpoint={"every": "1steps", "keep_last": 100},
     )
+    wish = f"parallel.strategy={stage}"
     train(2, recipe, tmp_path, "ddp")
-    train(2, recipe, tmp_path, "zero", f"parallel.strategy={stage}")
+    train(2, recipe, tmp_path, "zero", wish, fault="term:step=4,phase=step", code=75)
     for name in ("model.safetensors", "training.safetensors"):
-        left, right = (load_file(Store(tmp_path / run).path_of(6) / name) for run in ("ddp", "zero"))
+        left, right = (load_file(Store(tmp_path / run).path_of(4) / name) for run in ("ddp", "zero"))
         assert left.keys() == right.keys()
         assert all(torch.allclose(left[key], right[key], atol=1e-5) for key in left), name
-    for world in (1, 3):
-        train(2, recipe, tmp_path, f"to{world}", f"parallel.strategy={stage}", fault="term:step=4,phase=step", code=75)
-        output = train(world, recipe, tmp_path, f"to{world}", f"parallel.strategy={stage}")
-        assert f"a checkpoint of 2 ranks goes on with {world}" in output
-        assert losses(tmp_path / f"to{world}") == pytest.approx(losses(tmp_path / "ddp"), abs=1e-5)
+    output = train(world, recipe, tmp_path, "zero", wish)
+    assert f"a checkpoint of 2 ranks goes on with {world}" in output
+    assert losses(tmp_path / "zero") == pytest.approx(losses(tmp_path / "ddp"), abs=1e-5)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [pytest.param("zero1", marks=SLOW), pytest.param("zero2", marks=SLOW), "zero3"])
 def test_model_safetensors_is_what_was_evaluated(stage: str, short: Path, tmp_path: Path) -> None:
     """The average, collected from all ranks; 67 and 66 samples of val make batches of unequal number."""
     train(2, short, tmp_path, "run", f"parallel.strategy={stage}", "evaluation.batch_size=11")
@@ -155,7 +161,13 @@ def test_model_safetensors_is_what_was_evaluated(stage: str, short: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("stage", "offload"), [("zero1", "none"), ("zero2", "cpu"), ("zero3", "none"), ("zero3", "cpu")]
+    ("stage", "offload"),
+    [
+        ("zero1", "none"),
+        pytest.param("zero2", "cpu", marks=SLOW),
+        ("zero3", "none"),
+        pytest.param("zero3", "cpu", marks=SLOW),
+    ],
 )
 def test_steps_that_are_not_finite_are_skipped_and_end_at_the_limit(
     stage: str, offload: str, tiny_recipe: Recipes, tmp_path: Path
@@ -182,7 +194,7 @@ def test_steps_that_are_not_finite_are_skipped_and_end_at_the_limit(
     assert all(torch.equal(reference[name], found[name]) for name in reference)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [pytest.param("zero1", marks=SLOW), "zero2", pytest.param("zero3", marks=SLOW)])
 def test_offload_gives_the_same_numbers(stage: str, short: Path, tmp_path: Path) -> None:
     for offload in ("none", "cpu"):
         train(2, short, tmp_path, offload, f"parallel.strategy={stage}", f"parallel.offload={offload}")
@@ -195,7 +207,7 @@ def falling(recipes: Recipes) -> Path:
         train={"max_duration": "16steps", "global_batch_size": 16},
         data__num_workers=0,
         evaluation={"every": "2steps"},
-        optimizer={"lr": 3e-3},
+        optimizer={"lr": 2e-2},
         lr_scheduler={"name": "plateau", "monitor": "val/loss", "patience": 0, "threshold": 0.02, "warmup": "3steps"},
     )
 
@@ -204,7 +216,7 @@ def trace(run: Path) -> list[float]:
     return [line["lr"] for line in steps(run)]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero1", marks=SLOW), "zero3"])
 def test_the_rate_falls_alike_on_other_ranks_and_across_a_resume(
     strategy: str, tiny_recipe: Recipes, tmp_path: Path
 ) -> None:
@@ -232,7 +244,7 @@ def test_the_rate_falls_alike_on_1_2_and_8_ranks(strategy: str, tiny_recipe: Rec
         assert losses(tmp_path / f"of{world}") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
 
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+@pytest.mark.parametrize("stage", [pytest.param("zero2", marks=SLOW), "zero3"])
 def test_bf16_differs_from_ddps_by_rounding_only(stage: str, tiny_recipe: Recipes, tmp_path: Path) -> None:
     recipe = everything(
         tiny_recipe, train={"max_duration": "20steps", "global_batch_size": 24, "precision": "bf16"},
@@ -244,20 +256,22 @@ def test_bf16_differs_from_ddps_by_rounding_only(stage: str, tiny_recipe: Recipe
     full, ddp, zero = (losses(tmp_path / run) for run in ("full", "ddp", stage))
     to_ddp, to_full = (max(abs(a - b) for a, b in zip(zero, other, strict=True)) for other in (ddp, full))
     print(f"bf16, {stage}: largest difference over 20 steps to ddp in bf16 {to_ddp:.1e}, to fp32 {to_full:.1e}")
-    assert to_ddp < 1e-3 < to_full < 0.05
+    # ZeRO-3 adds a linear layer's bias after rounding its product (DeepSpeed's own linear, which keeps no weights)
+    assert to_ddp < (2e-3 if stage == "zero3" else 2e-4)
+    assert to_full > 1e-5, "it was bf16"
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero1", marks=SLOW), "zero3"])
 def test_fp16_scales_its_loss(strategy: str, tiny_recipe: Recipes, tmp_path: Path) -> None:
     recipe = everything(
-        tiny_recipe, train={"max_duration": "12steps", "global_batch_size": 24, "precision": "fp16"},
-        evaluation={"every": "6steps"}, checkpoint={"every": "1steps", "keep_last": 100},
+        tiny_recipe, train={"max_duration": "7steps", "global_batch_size": 8, "precision": "fp16"},
+        evaluation={"every": "7steps"}, checkpoint={"every": "1steps", "keep_last": 100},
     )  # fmt: skip
     wish = f"parallel.strategy={strategy}"
     train(2, recipe, tmp_path, "full", wish, "train.precision=fp32")
     # one rank's part is not finite: the scale is halved, and the step is no sign of a broken run
     output = train(
-        2, recipe, tmp_path, "half", wish, fault="nan:rank=1,step=4,phase=loss;term:step=8,phase=step", code=75
+        2, recipe, tmp_path, "half", wish, fault="nan:rank=1,step=4,phase=loss;term:step=6,phase=step", code=75
     )
     assert "not finite" not in output
     train(2, recipe, tmp_path, "half", wish)
@@ -280,7 +294,7 @@ def test_a_killed_rank_ends_the_others_under_zero(tiny_recipe: Recipes, tmp_path
     assert "rank 1" in output
 
 
-@pytest.mark.parametrize("head", ["linear", "attention"])
+@pytest.mark.parametrize("head", [pytest.param("linear", marks=SLOW), "attention"])
 def test_other_heads_and_frozen_parameters_under_zero3(head: str, tiny_recipe: Recipes, tmp_path: Path) -> None:
     recipe = everything(
         tiny_recipe, train={"max_duration": "4steps", "global_batch_size": 24, "grad_checkpointing": True},

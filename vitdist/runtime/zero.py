@@ -120,7 +120,7 @@ class Sharded(Joined):
     def update(self, guard: Guard) -> tuple[Tensor, Tensor]:
         """DeepSpeed skips by itself what is not finite; past the guard's limit the fused kernels leave all as it is."""
         if not self._gradient_bytes:
-            self._gradient_bytes = num_bytes(self._gradients())
+            self._gradient_bytes = sum(gradient.nbytes for gradient in self._gradients())
         kept_still = guard.is_past().to(torch.float32)
         self.optimizer.found_inf = kept_still.cpu() if self._offloaded else kept_still  # type: ignore[attr-defined]
         try:

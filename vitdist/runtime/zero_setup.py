@@ -52,7 +52,8 @@ def settings(
 def deepspeed_for(engine: Engine) -> Any:
     """The package, made ready: on this device, in the ranks' own process group, and quiet."""
     os.environ.setdefault("DS_ACCELERATOR", engine.device.type)
-    os.environ.setdefault("LOCAL_RANK", str(engine.ranks.local_rank))
+    # DeepSpeed takes it for the number of its device, which it is not where a job step shows each rank one GPU only
+    os.environ["LOCAL_RANK"] = str(engine.ranks.local_rank if engine.device.index is None else engine.device.index)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
         with quiet():
@@ -67,7 +68,8 @@ def deepspeed_for(engine: Engine) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        backend = "nccl" if engine.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     return deepspeed
 
 
