@@ -1,9 +1,8 @@
 """Bytes on one device, part by part, for every way of sharing a training among ranks.
 
-Under DDP weights, gradients and moments are float32, whatever the precision of the forward. DeepSpeed's ZeRO
-(Rajbhandari et al., SC 2020) keeps the weights in the precision itself, and beside the moments a float32 copy of them,
-also in fp32; ZeRO 1 shares optimizer states among ranks, ZeRO 2 gradients too, ZeRO 3 weights too. Offload keeps the
-optimizer's part in host memory.
+Weights, gradients and moments are float32, whatever the precision of the forward. DeepSpeed's ZeRO (Rajbhandari et al.,
+SC 2020) keeps beside the moments a second copy of the weights that a rank updates; ZeRO 1 shares optimizer states among
+ranks, ZeRO 2 gradients too, ZeRO 3 weights too. Offload keeps the optimizer's part in host memory.
 """
 
 from __future__ import annotations
@@ -99,20 +98,17 @@ def usable(memory: int) -> int:
     return int(memory * (1 - FRAGMENTS)) - RESERVE
 
 
-def parts(
-    recipe: Recipe, states: States, working: Working, strategy: str, offload: str, *, world: int, accumulation: int
-) -> Parts:
+def parts(states: States, working: Working, strategy: str, offload: str, *, world: int, accumulation: int) -> Parts:
     """The bytes of one rank."""
     if strategy == "ddp":
         # gradients live in DDP's buckets, and those of earlier micro-batches beside them until they are added
         copies = 2 if world > 1 and accumulation > 1 else 1
         weights = states.weights + states.buffers
         return Parts(strategy, offload, weights, copies * states.trained, states.optimizer, states.ema, working)
-    half = 1 if recipe.train.precision == "fp32" else 2
     share = {"zero1": (1, 1), "zero2": (1, world), "zero3": (world, world)}[strategy]
-    weights = states.weights // half // share[0] + states.buffers
-    weights += states.largest // half if strategy == "zero3" else 0
-    gradients = states.trained // share[1]  # added up in float32, whatever the weights are
+    weights = states.weights // share[0] + states.buffers
+    weights += states.largest if strategy == "zero3" else 0
+    gradients = states.trained // share[1]
     optimizer = (states.trained + states.optimizer) // world
     ema = states.ema // share[0]
     if offload == "none":

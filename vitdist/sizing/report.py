@@ -23,9 +23,7 @@ class Sizer:
 
     def parts(self, strategy: str, offload: str, batch: BatchSplit) -> Parts:
         working = self._rehearsal.step(batch.micro_batch_size)
-        return parts(
-            self.recipe, self.states, working, strategy, offload, world=self.world, accumulation=batch.accumulation
-        )
+        return parts(self.states, working, strategy, offload, world=self.world, accumulation=batch.accumulation)
 
     def largest(self, strategy: str, offload: str, memory: int, below: int) -> int | None:
         """The largest micro-batch of at most `below` that fits."""
