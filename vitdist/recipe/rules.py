@@ -214,10 +214,13 @@ def folds(recipe: Recipe) -> Iterator[Conflict]:
 
 
 def strategy(recipe: Recipe) -> Iterator[Conflict]:
-    """What needs the optimizer to be divided."""
+    """What does not go with the way the ranks share."""
     if recipe.parallel.offload == "cpu" and recipe.parallel.strategy == "ddp":
         keys = ("parallel.offload", "parallel.strategy")
         yield Conflict(keys, "cpu, but ddp keeps optimizer state on the device; use none, or strategy: zero1")
+    if recipe.train.compile and recipe.parallel.strategy == "zero3":
+        keys = ("train.compile", "parallel.strategy")
+        yield Conflict(keys, "true, but the weights that zero3 divides are not there to compile; use false, or zero2")
 
 
 RULES: tuple[Rule, ...] = (
