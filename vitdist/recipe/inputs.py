@@ -44,7 +44,7 @@ class Data(Section):
         "uniform",
     )
     on_bad_sample: Literal["raise", "skip"] = key("a damaged sample stops the run, or is replaced and counted", "raise")
-    max_bad_samples: int = key("with skip: more damaged samples than this stop the run", 100, unit="samples", ge=0)
+    max_bad_samples: int = key("with skip: more damaged samples in one epoch stop the run", 100, unit="samples", ge=0)
     cache_dir: str | None = key(
         "folder on each node's own disk for copies of remote shards, shared by its ranks; null reads no remote ones",
         None, path=True, allowed="a path or null",
@@ -54,7 +54,6 @@ class Data(Section):
         "100,000 photographs on one node, a part of that on each of several; null keeps all",
         None, allowed=sizes.ALLOWED,
     )  # fmt: skip
-    allow_pipe: bool = key("let `pipe:` addresses run commands of this machine", False)
 
 
 class Augment(Section):

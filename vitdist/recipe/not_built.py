@@ -12,8 +12,6 @@ Test = Callable[[Any], bool]
 
 NOT_BUILT: tuple[tuple[str, Test, str], ...] = (
     ("train.micro_batch_size", lambda value: value == "auto", "use a number, or null for the whole share of a rank"),
-    ("data.allow_pipe", bool, "use false: no command is run for data"),
-    ("data.path", lambda value: value.startswith("pipe:"), "use a folder: no command is run for data"),
 )
 
 

@@ -192,6 +192,9 @@ def _longer(part: Duration, whole: Duration) -> bool:
 def remote_data(recipe: Recipe) -> Iterator[Conflict]:
     """A set at an address needs a reader for its scheme, and a folder that its shards are copied to."""
     data = recipe.data
+    if data.path.startswith("pipe:"):
+        yield Conflict(("data.path",), "nothing runs commands for data; use a folder, or an address")
+        return
     scheme, separator, _ = data.path.partition("://")
     if separator and scheme.isalnum():
         if scheme not in SCHEMES:
