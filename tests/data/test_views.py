@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import tracemalloc
+
 import numpy as np
 import pytest
 
+from vitdist.data import views
 from vitdist.data.views import View, everything, validation_split
 from vitdist.errors import DataError
 
@@ -125,6 +129,26 @@ def test_any_stretch_of_a_masked_view(start: int) -> None:
     for stop in range(start, view.num_samples + 1, 7):
         assert view.rows(start, stop).tolist() == expected[start:stop]
     assert everything(starts).rows(start, 200).tolist() == list(range(start, 200))
+
+
+@pytest.mark.parametrize("at_once", [8, 64, 1 << 20])
+def test_rows_of_a_masked_view_are_counted_piece_by_piece(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "COUNTED_AT_ONCE", at_once)
+    rng = np.random.default_rng(at_once)
+    starts = np.sort(np.concatenate(([0, 0, 300, 300], rng.integers(0, 300, 40))))
+    chosen = rng.random(300) < 0.4
+    expected = [int(chosen[a:b].sum()) for a, b in itertools.pairwise(starts)]
+    assert View(starts, np.packbits(chosen)).shard_counts.tolist() == expected
+
+
+def test_counting_a_large_masked_view_takes_little_memory() -> None:
+    starts = np.arange(0, 20_000_001, 1000)
+    view = View(starts, np.full(20_000_000 // 8, 0b10101010, np.uint8))
+    tracemalloc.start()
+    counts = view.shard_counts
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (counts == 500).all() and peak < 20_000_000, "a byte a row would be as much"
 
 
 @pytest.mark.parametrize(("fraction", "says"), [(0.0, "between 0 and 1"), (1.0, "between 0 and 1"), (0.01, "0 of 8")])

@@ -10,6 +10,8 @@ import numpy as np
 from vitdist.data.seeds import Purpose, hash_words
 from vitdist.errors import DataError
 
+COUNTED_AT_ONCE = 1 << 18  # rows, a multiple of 8: any number of them is counted in a few MB
+
 
 @dataclass(frozen=True)
 class View:
@@ -23,9 +25,16 @@ class View:
         """int64 [S]: rows of each shard that are in the view."""
         if self.mask is None:
             return np.diff(self.shard_starts)
-        members = np.unpackbits(self.mask, count=int(self.shard_starts[-1])).astype(np.int64)
-        sums = np.concatenate(([0], np.cumsum(members)))
-        return sums[self.shard_starts[1:]] - sums[self.shard_starts[:-1]]
+        ends = self.shard_starts
+        below = np.zeros(len(ends), np.int64)  # members before each shard
+        num_before = 0
+        for first in range(0, int(ends[-1]), COUNTED_AT_ONCE):
+            last = min(first + COUNTED_AT_ONCE, int(ends[-1]))
+            sums = np.cumsum(np.unpackbits(self.mask[first // 8 : (last + 7) // 8], count=last - first), dtype=np.int64)
+            low, high = np.searchsorted(ends, [first, last], side="right")  # shards that begin in (first, last]
+            below[low:high] = num_before + sums[ends[low:high] - first - 1]
+            num_before += int(sums[-1])
+        return np.diff(below)
 
     @cached_property
     def _ends(self) -> np.ndarray:
