@@ -37,6 +37,7 @@ bench: $(READY)
 	$(BIN)/vitdist bench plan
 	test -e data/demo/index.json || $(BIN)/vitdist data demo data/demo
 	$(BIN)/vitdist bench data $(BENCH) --profile
+	$(BIN)/vitdist bench train $(BENCH)
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from tests.data.tiny import tiny_packed
+from vitdist.data.batch import Batch
 from vitdist.data.index import DatasetIndex, Split, load_index
-from vitdist.data.loader import Batch, Collate, EvaluationSource, Load, TrainSource, Unseeded, batches
+from vitdist.data.loader import EvaluationSource, Load, TrainSource, Unseeded, batches
 from vitdist.data.plan import TrainPlan, evaluation_span, make_plan
 from vitdist.data.shards import DamagedSample, ShardReader
 from vitdist.data.transforms import Augment, EvalTransform, Preprocessing, TrainTransform
@@ -54,6 +55,22 @@ def flip(path: Path, offset: int) -> None:
         file.seek(offset)
         byte = file.read(1)[0]
     overwrite(path, offset, bytes([byte ^ 0x10]))
+
+
+NAMELESS = b"no suffix".ljust(100, b"\0")
+EIGHT_GIB = b"\x80" + (8 << 30).to_bytes(11, "big")
+
+
+def rewrite_header(path: Path, row: np.void, position: int, field: bytes) -> None:
+    """Change a field of an image's header as somebody would who knows tar: its checksum is right again."""
+    offset = int(row["offset"]) - 512
+    with path.open("rb") as file:
+        file.seek(offset)
+        block = bytearray(file.read(512))
+    block[position : position + len(field)] = field
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    overwrite(path, offset, bytes(block))
 
 
 def start_of(row: np.void) -> int:
@@ -129,6 +146,12 @@ IN_SHARD: dict[str, Damaging] = {
     "name in a header": one("header", lambda path, row: flip(path, int(row["offset"]) - 512 + 3)),
     "size in a header": one("header", lambda path, row: flip(path, int(row["offset"]) - 512 + 130)),
     "checksum in a header": one("header", lambda path, row: flip(path, int(row["offset"]) - 512 + 150)),
+    "a hard link": one("header", lambda path, row: rewrite_header(path, row, 156, b"1")),
+    "a symbolic link": one("header", lambda path, row: rewrite_header(path, row, 156, b"2")),
+    "a device": one("header", lambda path, row: rewrite_header(path, row, 156, b"3")),
+    "a folder for a file": one("header", lambda path, row: rewrite_header(path, row, 156, b"5")),
+    "8 GiB in a header": one("header", lambda path, row: rewrite_header(path, row, 124, EIGHT_GIB)),
+    "another name in a header": one("header", lambda path, row: rewrite_header(path, row, 0, NAMELESS)),
     "zeroed header": one("header", lambda path, row: overwrite(path, int(row["offset"]) - 512, bytes(512))),
     "zeroed block of data": one("checksum", lambda path, row: overwrite(path, int(row["offset"]) + 512, bytes(64))),
     "zeroed from a header on": one("checksum", lambda path, row: overwrite(path, int(row["offset"]) - 512, bytes(700))),
@@ -191,7 +214,7 @@ def epoch(split: Split, world: int, *, skip: bool, witness: Witness, number: int
         start = number * plan.steps_per_epoch
         source = TrainSource(plan, rank=rank, world=world, micro_batch_size=BATCH // world, start=start)
         load = Load(split, witness, replacement=plan.replacement if skip else None)
-        loader = batches(source, load, Collate(32), BATCH // world, num_workers=0)
+        loader = batches(source, load, 32, BATCH // world, num_workers=0)
         found += itertools.islice(loader, plan.steps_per_epoch)
     return found
 
@@ -261,7 +284,7 @@ def test_evaluation_leaves_exactly_the_damaged_out(what: str, own: DatasetIndex)
         for rank in range(world):
             source = EvaluationSource(view, evaluation_span(view.num_samples, rank, world), 7)
             load = Load(split, Unseeded(EvalTransform(PREPARED)))
-            found += batches(source, load, Collate(32), 7, num_workers=0)
+            found += batches(source, load, 32, 7, num_workers=0)
         assert account(found) == injected
         seen = [row for batch in found for row in batch.rows[batch.valid].tolist()]
         assert sorted([*seen, *hit]) == list(range(view.num_samples))

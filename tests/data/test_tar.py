@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vitdist.data.tar import BLOCK, MAX_HEADER_BLOCKS, MAX_LONG, DamagedShard, parse_header, scan_shard
+from vitdist.data.tar import BLOCK, MAX_HEADER_BLOCKS, MAX_LONG, DamagedShard, parse_header, scan_shard, usual_name
 
 NAMES = [
     "a.jpg",
@@ -179,3 +179,19 @@ def test_a_header_that_is_not_the_rows_is_damage(tmp_path: Path) -> None:
     for wrong in (data[:100], data[BLOCK : 2 * BLOCK], data[: 2 * BLOCK], b""):
         with pytest.raises(DamagedShard):
             parse_header(wrong)
+
+
+def test_the_quick_look_never_sees_what_the_whole_reader_does_not(tmp_path: Path) -> None:
+    """Every single bit of a header turned, with its checksum as it was and put right: the same name, or None."""
+    block = sound(tmp_path / "a.tar").read_bytes()[:BLOCK]
+    assert usual_name(block, 700) == "000.jpg" and usual_name(block, 701) is None
+    for bit in range(8 * BLOCK):
+        turned = bytearray(block)
+        turned[bit // 8] ^= 1 << bit % 8
+        assert usual_name(bytes(turned), 700) is None, bit
+        turned[148:156] = b" " * 8
+        turned[148:156] = b"%06o\0 " % sum(turned)
+        name = usual_name(bytes(turned), 700)
+        if name is not None:
+            member = parse_header(bytes(turned))
+            assert (member.name, member.length) == (name, 700)

@@ -26,7 +26,7 @@ from vitdist.data.foreign import index_foreign
 from vitdist.data.index import SAMPLE_DTYPE, DatasetIndex, load_index
 from vitdist.data.indexing import index_bytes, make_split, write_index
 from vitdist.data.labels import LabelReader
-from vitdist.data.loader import Collate, EvaluationSource, Load, Unseeded, batches
+from vitdist.data.loader import EvaluationSource, Load, Unseeded, batches
 from vitdist.data.shards import DamagedSample, ShardReader
 from vitdist.data.transforms import EvalTransform, Preprocessing
 from vitdist.data.verify import verify
@@ -89,7 +89,7 @@ def load_all(index: DatasetIndex, num_workers: int = 0) -> list[tuple[str, str]]
     source = EvaluationSource(view, (0, view.num_samples), 4)
     load = Load(split, Unseeded(EVAL), with_keys=True)
     found = []
-    for batch in batches(source, load, Collate(32), 4, num_workers=num_workers):
+    for batch in batches(source, load, 32, 4, num_workers=num_workers):
         damages = {damage.row: damage.kind for damage in batch.damages}
         found += [(key, damages.get(int(row), "")) for key, row in zip(batch.keys, batch.rows, strict=True)]
     return found

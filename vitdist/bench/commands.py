@@ -85,24 +85,12 @@ def train(args: argparse.Namespace) -> int:
 
 
 def data(args: argparse.Namespace) -> int:
-    """Measure the input of a recipe's training split; the model is not built."""
-    from vitdist.bench import data as bench
+    """Measure the input of a recipe's photographs, of all splits together; the model is not built."""
     from vitdist.bench.inputs import inputs_of
+    from vitdist.bench.report import input_report
 
-    wish = inputs_of(args.recipe, args.overrides)
-    batch = min(32, wish.split.num_samples)
-    found = bench.measure_data(
-        wish.split,
-        wish.preprocessing,
-        wish.augment,
-        batch=batch,
-        num_rounds=args.rounds,
-        with_rivals=not args.alone,
-    )
-    print(f"{wish.split.num_samples:,} photographs at {wish.preprocessing.image_size} px, {args.rounds} rounds")
-    print(bench.table(found))
-    if args.profile:
-        print(bench.profile(wish.split, wish.preprocessing, wish.augment, batch))
+    for part in input_report(inputs_of(args.recipe, args.overrides), args.rounds, args.alone, args.profile):
+        print(part, flush=True)
     return 0
 
 

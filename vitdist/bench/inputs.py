@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vitdist.data.index import Split
+from vitdist.data.index import DatasetIndex, Split
 from vitdist.data.remote_set import open_set
 from vitdist.data.transforms import Augment, Preprocessing
 from vitdist.recipe.load import load_recipe
@@ -20,6 +20,7 @@ class Inputs:
     """A recipe's training split and how its pictures are prepared; mean and deviation are the usual ones."""
 
     recipe: Recipe
+    index: DatasetIndex
     split: Split
     preprocessing: Preprocessing
     augment: Augment
@@ -28,7 +29,8 @@ class Inputs:
 def inputs_of(name: str, overrides: Sequence[str]) -> Inputs:
     """Read a recipe and open its set."""
     recipe = load_recipe(find_recipe(name), list(overrides))
-    split = open_set(recipe.data.path, cache_of(recipe)).split("train")
+    index = open_set(recipe.data.path, cache_of(recipe))
+    split = index.split("train")
     split.check_shards()
     wish = recipe.augment
     augment = Augment(
@@ -40,5 +42,5 @@ def inputs_of(name: str, overrides: Sequence[str]) -> Inputs:
         erasing=wish.erasing,
     )
     return Inputs(
-        recipe, split, Preprocessing(image_size(recipe), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), augment
+        recipe, index, split, Preprocessing(image_size(recipe), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), augment
     )

@@ -13,7 +13,7 @@ import torch
 
 from vitdist import optim
 from vitdist.bench.inputs import Inputs
-from vitdist.data.loader import Batch
+from vitdist.data.batch import Batch
 from vitdist.data.mixing import ToModelInput
 from vitdist.losses import hierarchical_loss
 from vitdist.recipe.batch import BatchSplit
@@ -42,9 +42,16 @@ class _Step:
     def __call__(self, batch: Batch) -> None:
         batch = batch.to(self.device)
         with self._autocast:
-            logits = self.model(self._to_input(batch.images))
+            logits = self.model(self._to_input(batch.images, batch.mix))
         targets = self._targets[batch.labels]
-        loss = hierarchical_loss(logits, targets, denominators=[float(len(batch))] * targets.shape[1])
+        lam = None if batch.mix is None else batch.mix.lam
+        loss = hierarchical_loss(
+            logits,
+            targets,
+            denominators=[float(len(batch))] * targets.shape[1],
+            lam=lam,
+            partner_targets=None if lam is None else targets.view(-1, 2, targets.shape[1]).flip(1).view(targets.shape),
+        )
         loss.backward()
         optim.step(self._optimizer, self._found_inf)
         self._optimizer.zero_grad(set_to_none=True)
@@ -70,11 +77,13 @@ def measure_train(wish: Inputs, *, num_steps: int, num_rounds: int) -> str:
     rounds = [_round(step, stream, resident, num_steps) for _ in range(num_rounds)]
     os.sched_setaffinity(0, cores)
     alone, given, both, waited = (statistics.median(column) for column in zip(*rounds, strict=True))
+    asked = statistics.median(given / alone for alone, given, _, _ in rounds)
+    lost = statistics.median(both / alone for alone, _, both, _ in rounds) - 1
     return "\n".join(
         [
             f"{'the step alone, inputs resident':36s} {size / alone:8.1f} img/s",
-            f"{'the input alone':36s} {size / given:8.1f} img/s   the step asks for {100 * given / alone:.0f} % of it",
-            f"{'both':36s} {size / both:8.1f} img/s   the step loses {100 * (both / alone - 1):.1f} % to the input",
+            f"{'the input alone':36s} {size / given:8.1f} img/s   the step asks for {100 * asked:.0f} % of it",
+            f"{'both':36s} {size / both:8.1f} img/s   the step loses {100 * lost:.1f} % to the input",
             f"{'waiting for data':36s} {100 * waited / both:8.1f} %",
         ]
     )

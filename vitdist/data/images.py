@@ -78,6 +78,23 @@ class Header:
         return next((factor for factor in DCT_FACTORS if min(height, width) >= factor * target), 1)
 
 
+class Scratch:
+    """Memory that one picture after the other is decoded into: it stays in the processor's cache."""
+
+    MOST = 64 << 20  # larger pictures get memory of their own, or one of them would keep it for ever
+
+    def __init__(self) -> None:
+        self._pixels = np.empty(0, np.uint8)
+
+    def room(self, size: int) -> Pixels | None:
+        """At least `size` bytes."""
+        if size > self.MOST:
+            return None
+        if len(self._pixels) < size:
+            self._pixels = np.empty(size, np.uint8)
+        return self._pixels
+
+
 def decode(data: bytes, *, min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> Pixels:
     """The upright picture as RGB [H, W, 3]; with `min_side` it may come smaller, its short side still >= min_side.
 
@@ -97,13 +114,18 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
     return header
 
 
-def decode_scaled(data: bytes, header: Header, factor: int = 1, *, fast: bool = False) -> Pixels:
+def decode_scaled(
+    data: bytes, header: Header, factor: int = 1, *, fast: bool = False, scratch: Scratch | None = None
+) -> Pixels:
     """The upright picture at 1/factor of its size, rounded up (factor 1, 2, 4, 8; other than 1 only for JPEG).
+
+    With `scratch` it may lie there, until the next one is decoded into it.
 
     `fast` repeats a JPEG's subsampled chroma instead of interpolating it: 7 % less time, 0.3 levels on average; the
     cosine of DINOv2 features is 0.99996 (1,402 photographs of CUB, 112 px), where PIL's bilinear has 0.9989.
     """
-    pixels = _decode_jpeg(data, header, factor, fast) if header.format == "JPEG" else _decode_pil(data, header)
+    is_jpeg = header.format == "JPEG"
+    pixels = _decode_jpeg(data, header, factor, fast, scratch) if is_jpeg else _decode_pil(data, header)
     return _upright(pixels, header.orientation)
 
 
@@ -176,16 +198,18 @@ def _exif_orientation(block: bytes) -> int:
     return 1
 
 
-def _decode_jpeg(data: bytes, header: Header, factor: int, fast: bool) -> Pixels:
+def _decode_jpeg(data: bytes, header: Header, factor: int, fast: bool, scratch: Scratch | None) -> Pixels:
     height, width = (header.width, header.height) if header.orientation >= 5 else (header.height, header.width)
+    height, width = -(-height // factor), -(-width // factor)
     cmyk = header.colorspace in ("CMYK", "YCCK")
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(
             data,
             "CMYK" if cmyk else "RGB",
             fastupsample=fast,
-            min_height=-(-height // factor),
-            min_width=-(-width // factor),
+            min_height=height,
+            min_width=width,
+            buffer=None if scratch is None else scratch.room(height * width * (4 if cmyk else 3)),
             strict=True,
         )
     except ValueError as error:

@@ -224,10 +224,11 @@ def read_key(fd: int, row: np.void) -> str:
 
 def key_of(header: bytes, row: np.void, shard: str = "shard") -> str:
     """The key in `header`, the header blocks before a row's image; DamagedShard when they are not the row's."""
-    start = int(row["offset"]) - len(header)
+    offset, length = int(row["offset"]), int(row["length"])
+    start = offset - len(header)
     member = parse_header(header, shard, start)
     names = split_name(member.name)
-    if names is None or member.offset != row["offset"] or member.length != row["length"]:
+    if names is None or member.offset != offset or member.length != length:
         raise DamagedShard(shard, "header", start, f"{member.name!r} is not the member the index has here")
     return names[0]
 

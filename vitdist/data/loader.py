@@ -6,19 +6,23 @@ batches is the plan's for any number of workers. Images stay uint8 until they ar
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import webdataset as wds
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
+from vitdist.data.batch import Batch
 from vitdist.data.images import DamagedImage
 from vitdist.data.index import Split
-from vitdist.data.mixing import Mixing, MixTensors, mix_plan
+from vitdist.data.memory import BatchMemory
+from vitdist.data.mixing import Mixing, mix_plan
 from vitdist.data.plan import TrainPlan
 from vitdist.data.prefetch import prefetched, shards_of_plan, shards_of_span
 from vitdist.data.shards import Damage, DamagedSample, ShardReader
@@ -30,50 +34,7 @@ MAX_REPLACEMENTS = 16
 Transform = Callable[[bytes, int], np.ndarray]
 
 
-@dataclass
-class Batch:
-    """A micro-batch of B samples. images uint8 [B, S, S, 3]; labels int64 [B], nodes of the packed tree.
-
-    valid bool [B]: False where a damaged sample has no replacement (then its image is black). position and slot say
-    where it stands in the plan. mix is there when the recipe mixes.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    valid: torch.Tensor
-    rows: torch.Tensor
-    seeds: torch.Tensor
-    position: int
-    epoch: int
-    slot: int
-    damages: list[Damage]
-    keys: list[str]
-    mix: MixTensors | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def pin_memory(self) -> Batch:
-        """Called by torch's loader, so that copies to the device do not wait."""
-        return replace(
-            self,
-            images=self.images.pin_memory(),
-            labels=self.labels.pin_memory(),
-            mix=None if self.mix is None else self.mix.pin_memory(),
-        )
-
-    def to(self, device: torch.device) -> Batch:
-        """What the step needs on the device; the bookkeeping stays on the host."""
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            mix=None if self.mix is None else self.mix.to(device),
-        )
-
-
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """One sample as the plan asks for it."""
 
     row: int
@@ -134,6 +95,15 @@ class EvaluationSource(IterableDataset[Place]):
                     yield Place(row, 0, 0, 0, first + offset)
 
 
+class Loaded(NamedTuple):
+    """What became of a place: the row that was used there, or a gap, and the damage that was met."""
+
+    row: int
+    is_valid: bool
+    damages: list[Damage]
+    key: str
+
+
 class Load:
     """From a place to an image: read, check, decode, transform; damaged samples are noted and, if asked, replaced."""
 
@@ -146,22 +116,24 @@ class Load:
         with_keys: bool = False,
     ) -> None:
         """`replacement(epoch, row, attempt)` gives the row that stands in for a damaged one; None leaves a gap."""
-        self._split = split
+        self.split = split
         self._transform = transform
         self._replacement = replacement
         self._with_keys = with_keys
         self._reader: ShardReader | None = None
 
-    def __call__(self, place: Place) -> dict[str, Any]:
-        """Only the planned sample's damage is noted: that of a damaged stand-in counts where the plan has it."""
-        reader = self._reader = self._reader or ShardReader(self._split)
+    def __call__(self, place: Place, out: np.ndarray) -> Loaded:
+        """Put the picture into `out` [S, S, 3]; a gap is black.
+
+        Only the planned sample's damage is noted: that of a damaged stand-in counts where the plan has it.
+        """
+        reader = self._reader = self._reader or ShardReader(self.split)
         damages: list[Damage] = []
         row = place.row
         for attempt in itertools.count(1):
             try:
-                image = self._transform(reader.read(row), place.seed)
-                key = reader.key(row) if self._with_keys else ""
-                return self._sample(place, row, image, damages, key)
+                out[:] = self._transform(reader.read(row), place.seed)
+                return Loaded(row, True, damages, reader.key(row) if self._with_keys else "")
             except DamagedImage as error:
                 damage = reader.damaged(row, error.kind, str(error)).damage
             except DamagedSample as error:
@@ -171,18 +143,13 @@ class Load:
             if stand_in is None:
                 break
             row = stand_in
-        return self._sample(place, place.row, None, damages, "")
+        out[:] = 0
+        return Loaded(place.row, False, damages, "")
 
     def _next_row(self, place: Place, attempt: int) -> int | None:
         if self._replacement is None or attempt > MAX_REPLACEMENTS:
             return None
         return self._replacement(place.epoch, place.row, attempt)
-
-    def _sample(
-        self, place: Place, row: int, image: np.ndarray | None, damages: list[Damage], key: str
-    ) -> dict[str, Any]:
-        label = int(self._split.samples["label"][row])
-        return {"place": place, "row": row, "image": image, "label": label, "damages": damages, "key": key}
 
 
 class Unseeded:
@@ -195,26 +162,41 @@ class Unseeded:
         return self._transform(data)
 
 
-class Collate:
-    """A list of samples as a Batch."""
+class Fill:
+    """The places of a micro-batch as a Batch; in a worker its pictures lie where the parent reads them."""
 
-    def __init__(self, image_size: int) -> None:
-        self._gap = np.zeros((image_size, image_size, 3), dtype=np.uint8)
+    def __init__(self, load: Load, batch_size: int, image_size: int) -> None:
+        self._load = load
+        self._shape = (batch_size, image_size, image_size, 3)
+        self.memory: BatchMemory | None = None
 
-    def __call__(self, samples: list[dict[str, Any]]) -> Batch:
-        images = [self._gap if sample["image"] is None else sample["image"] for sample in samples]
-        first: Place = samples[0]["place"]
+    def renew(self, num_workers: int) -> BatchMemory | None:
+        """Memory for the workers about to be forked; where there is not so much, torch's way will do."""
+        with suppress(OSError):
+            self.memory = BatchMemory(num_workers, self._shape[0], self._shape[1])
+        return self.memory
+
+    def __call__(self, places: list[Place]) -> Batch:
+        piece = None if self.memory is None else self.memory.take(_worker()[0])
+        if piece is None or self.memory is None:
+            images = np.empty((len(places), *self._shape[1:]), np.uint8)
+        else:
+            images = self.memory.array(piece)[: len(places)]
+        loaded = [self._load(place, out) for place, out in zip(places, images, strict=True)]
+        rows = np.array([one.row for one in loaded])
+        first = places[0]
         return Batch(
-            images=torch.from_numpy(np.stack(images)),
-            labels=torch.tensor([sample["label"] for sample in samples]),
-            valid=torch.tensor([sample["image"] is not None for sample in samples]),
-            rows=torch.tensor([sample["row"] for sample in samples]),
-            seeds=torch.from_numpy(np.array([s["place"].seed for s in samples], dtype=np.uint64).view(np.int64)),
+            images=torch.from_numpy(images),
+            labels=torch.from_numpy(self._load.split.samples["label"][rows].astype(np.int64)),
+            valid=torch.tensor([one.is_valid for one in loaded]),
+            rows=torch.from_numpy(rows),
+            seeds=torch.from_numpy(np.array([place.seed for place in places], dtype=np.uint64).view(np.int64)),
             position=first.position,
             epoch=first.epoch,
             slot=first.slot,
-            damages=[damage for sample in samples for damage in sample["damages"]],
-            keys=[sample["key"] for sample in samples],
+            damages=[damage for one in loaded for damage in one.damages],
+            keys=[one.key for one in loaded],
+            piece=piece,
         )
 
 
@@ -239,23 +221,41 @@ class Mix:
         return replace(batch, mix=mix.slots(batch.slot, batch.slot + len(batch)).tensors())
 
 
+class Loader(StartedLoader[Batch]):
+    """torch's, with memory of its own for each iteration."""
+
+    def __init__(self, pipeline: wds.DataPipeline, fill: Fill, **settings: Any) -> None:
+        super().__init__(pipeline, **settings)
+        self._fill = fill
+
+    def __iter__(self) -> Any:
+        if not self.num_workers:
+            return super().__iter__()
+        memory = self._fill.renew(self.num_workers)
+        stream = super().__iter__()  # forks the workers
+        stream.memory = memory  # type: ignore[attr-defined]  # which lives as long as they do
+        return stream
+
+
 def batches(
     source: Iterable[Place],
     load: Load,
-    collate: Collate,
+    image_size: int,
     batch_size: int,
     *,
     mix: Mix | None = None,
     num_workers: int,
     pin_memory: bool = False,
     worker_start: Callable[[], None] | None = None,
-) -> DataLoader[Batch]:
+) -> Loader:
     """The loader of a source's batches. `worker_start` runs first in every worker (to ignore a launcher's signals)."""
-    stages: list[Any] = [source, wds.map(load), wds.batched(batch_size, collation_fn=collate, partial=True)]
+    fill = Fill(load, batch_size, image_size)
+    stages: list[Any] = [source, wds.batched(batch_size, collation_fn=None, partial=True), wds.map(fill)]
     if mix is not None:
         stages.append(wds.map(mix))
-    return StartedLoader(
+    return Loader(
         wds.DataPipeline(*stages),
+        fill,
         batch_size=None,  # batches are made in the workers
         num_workers=num_workers,
         pin_memory=pin_memory,
@@ -275,6 +275,7 @@ class _Start:
 
     def __call__(self, worker: int) -> None:
         prepare_worker()
+        gc.freeze()  # what the parent has imported is never looked through for garbage here, nor copied by it
         if self._also is not None:
             self._also()
 

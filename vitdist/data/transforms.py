@@ -17,7 +17,7 @@ import torch
 
 from vitdist.data import augmentations as ops
 from vitdist.data.augmentations import Auto, Box
-from vitdist.data.images import MAX_PIXELS, Pixels, decode_scaled, read_header
+from vitdist.data.images import MAX_PIXELS, Pixels, Scratch, decode_scaled, read_header
 from vitdist.errors import CheckpointError
 
 Interpolation = Literal["bicubic", "bilinear"]
@@ -102,16 +102,16 @@ class Augment:
         return (value, value, value, 0.0) if isinstance(value, (int, float)) else value
 
 
-class _Draws:
+class Draws:
     """The numbers of one view, each at its own place: an augmentation switched off leaves the others as they were."""
 
     def __init__(self, seed: int) -> None:
         self.seed = int(seed)
         self.generator = np.random.Generator(np.random.PCG64(self.seed))
-        draws: list[float] = self.generator.random(2 * ops.NUM_BOX_DRAWS + 7).tolist()
-        self.crop, rest = draws[: ops.NUM_BOX_DRAWS], draws[ops.NUM_BOX_DRAWS :]
-        self.erased_box, rest = rest[: ops.NUM_BOX_DRAWS], rest[ops.NUM_BOX_DRAWS :]
-        self.flip, self.angle, self.erase, *self.colour = rest
+        boxes, both = ops.NUM_BOX_DRAWS, 2 * ops.NUM_BOX_DRAWS
+        draws: list[float] = self.generator.random(both + 7).tolist()
+        self.crop, self.erased_box = draws[:boxes], draws[boxes:both]
+        self.flip, self.angle, self.erase, *self.colour = draws[both:]
 
 
 class TrainTransform:
@@ -123,17 +123,19 @@ class TrainTransform:
         self.max_pixels = max_pixels
         self._auto = ops.auto_operation(augment.auto, preprocessing.mean)
         self._noise = ops.noise_levels(preprocessing.mean, preprocessing.std)
+        self._scratch = Scratch()
+        self._jitter = augment.jitter if any(augment.jitter) else None
 
     def __call__(self, data: bytes, seed: int) -> Pixels:
         """uint8 [S, S, 3], contiguous. `seed` is a uint64; raises DamagedImage."""
-        draws, augment = _Draws(seed), self.augment
+        draws, augment = Draws(seed), self.augment
         pixels = self._view(data, draws.crop)
         if draws.flip < augment.flip:
             pixels = np.asarray(cv2.flip(pixels, 1), dtype=np.uint8)
         if augment.rotation:
             pixels = ops.rotate(pixels, (2 * draws.angle - 1) * augment.rotation)
-        if any(augment.jitter):
-            pixels = ops.jitter_colour(pixels, augment.jitter, draws.colour)
+        if self._jitter is not None:
+            pixels = ops.jitter_colour(pixels, self._jitter, draws.colour)
         if self._auto is not None:
             pixels = ops.apply_auto(self._auto, pixels, draws.seed)
         if draws.erase < augment.erasing:
@@ -147,10 +149,11 @@ class TrainTransform:
         header = read_header(data, max_pixels=self.max_pixels)
         box = ops.random_crop(header.height, header.width, augment.crop_scale, augment.crop_ratio, draws)
         factor = header.factor(box.height, box.width, size)
-        crop = box.cut(decode_scaled(data, header, factor, fast=True), factor)
-        return resize(crop, size, size, self.preprocessing.interpolation)
+        crop = box.cut(decode_scaled(data, header, factor, fast=True, scratch=self._scratch), factor)
+        view = resize(crop, size, size, self.preprocessing.interpolation)
+        return view.copy() if crop.shape == view.shape else view  # what was not resized lies in the scratch
 
-    def _erase(self, pixels: Pixels, draws: _Draws) -> Pixels:
+    def _erase(self, pixels: Pixels, draws: Draws) -> Pixels:
         box = ops.erased_box(self.preprocessing.image_size, draws.erased_box)
         if box is None:
             return pixels

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vitdist.data.cache import ShardCache
+from vitdist.data.remote import Patience
 from vitdist.evaluation.metrics import class_scores, confused_pairs, confusion_matrix
 from vitdist.evaluation.pictures import Pictures, open_pictures
 from vitdist.evaluation.plots import heat_map
 from vitdist.evaluation.predictions import UNKNOWN, PredictionTable
 from vitdist.evaluation.run_folder import Evaluation, RunFolder
 from vitdist.evaluation.sections import readable
+from vitdist.recipe.sizes import num_bytes
 from vitdist.taxonomy import Taxonomy
 
 MAX_HEAT = 60  # classes
 NUM_PAIRS, NUM_MISTAKES, PICTURES_A_PAIR = 10, 12, 3
+BRIEF = Patience(tries=2, connect=3.0, silence=5.0)  # a report does without pictures rather than wait for a server
 
 
 def heat_maps(table: PredictionTable, tree: Taxonomy) -> list[dict[str, str]]:
@@ -67,7 +72,9 @@ def pictures_of(run: RunFolder, evaluation: Evaluation, table: PredictionTable) 
     about = run.splits.get(evaluation.split, {})
     split = str(about.get("split") or evaluation.summary.get("source") or evaluation.split)
     path = str(evaluation.summary.get("data_path") or run.recipe.get("data.path") or "")
-    return open_pictures(path, split, int(table.rows.max()) if len(table) else -1)
+    folder, size = run.recipe.get("data.cache_dir"), run.recipe.get("data.cache_size")
+    cache = ShardCache(Path(folder), num_bytes(size) if size else None, BRIEF) if folder else None
+    return open_pictures(path, cache, split, int(table.rows.max()) if len(table) else -1)
 
 
 def confusions(table: PredictionTable, tree: Taxonomy, pictures: Pictures | None) -> list[dict[str, Any]]:

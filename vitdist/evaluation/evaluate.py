@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vitdist.data.loader import Batch
+from vitdist.data.batch import Batch
 from vitdist.data.mixing import ToModelInput
 from vitdist.evaluation.predictions import PredictionTable, from_logits, merge
 from vitdist.runtime.engine import Engine, evaluating

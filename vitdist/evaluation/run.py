@@ -13,6 +13,7 @@ import torch
 from vitdist import logs
 from vitdist.checkpoint import state as files
 from vitdist.checkpoint.store import FOLDER, find_checkpoint, read_manifest
+from vitdist.data.index import DatasetIndex
 from vitdist.data.transforms import Preprocessing
 from vitdist.errors import CheckpointError, UsageError
 from vitdist.evaluation import results
@@ -25,7 +26,7 @@ from vitdist.runtime.engine import Engine, set_threads
 from vitdist.runtime.ranks import discover
 from vitdist.taxonomy import Taxonomy
 from vitdist.training.assemble import build_model, evaluation_batches, num_workers_of
-from vitdist.training.datasets import Datasets, Selection, open_datasets
+from vitdist.training.datasets import Datasets, Selection, check_alike, open_datasets
 from vitdist.training.job import load_model
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class _Prepared:
     targets: np.ndarray
     selection: Selection
     model: Classifier
+    index: DatasetIndex
 
 
 def _prepare(recipe: Recipe, checkpoint: Path, split: str, device: torch.device) -> _Prepared:
@@ -77,12 +79,13 @@ def _prepare(recipe: Recipe, checkpoint: Path, split: str, device: torch.device)
     selection = _select(split, datasets)
     model = build_model(recipe, tree, weights="none").to(device)
     load_model(model, checkpoint, tree.to_json())
-    return _Prepared(tree, preprocessing, tree.targets_from(datasets.index.taxonomy), selection, model)
+    return _Prepared(tree, preprocessing, tree.targets_from(datasets.index.taxonomy), selection, model, datasets.index)
 
 
 def _evaluate(engine: Engine, recipe: Recipe, checkpoint: Path, split: str, out: Path) -> None:
     """Collective."""
     ready = everywhere(engine, lambda: _prepare(recipe, checkpoint, split, engine.device))
+    check_alike(engine, ready.index)
     loader = evaluation_batches(
         ready.selection,
         ready.preprocessing,

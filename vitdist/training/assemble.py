@@ -8,8 +8,9 @@ import numpy as np
 import timm
 import torch
 
+from vitdist.data.batch import Batch
 from vitdist.data.index import Split
-from vitdist.data.loader import Batch, Collate, EvaluationSource, Load, Mix, TrainSource, Unseeded, batches
+from vitdist.data.loader import EvaluationSource, Load, Mix, TrainSource, Unseeded, batches
 from vitdist.data.mixing import Mixing
 from vitdist.data.plan import TrainPlan, evaluation_span, make_plan
 from vitdist.data.transforms import Augment, EvalTransform, Preprocessing, TrainTransform
@@ -173,7 +174,7 @@ def train_batches(
     return batches(
         source,
         load,
-        Collate(preprocessing.image_size),
+        preprocessing.image_size,
         batch.micro_batch_size,
         mix=mix,
         num_workers=num_workers,
@@ -197,7 +198,7 @@ def evaluation_batches(
     return batches(
         EvaluationSource(selection.view, span, batch_size, split=selection.split),
         Load(selection.split, Unseeded(EvalTransform(preprocessing))),
-        Collate(preprocessing.image_size),
+        preprocessing.image_size,
         batch_size,
         num_workers=num_workers,
         pin_memory=pin_memory,

@@ -20,6 +20,8 @@ from vitdist.data.views import View, everything, validation_split
 from vitdist.errors import DataError
 from vitdist.recipe.schema import Recipe
 from vitdist.recipe.sizes import num_bytes
+from vitdist.runtime.agree import everywhere
+from vitdist.runtime.engine import Engine
 from vitdist.taxonomy import Taxonomy
 
 log = logging.getLogger(__name__)
@@ -78,6 +80,20 @@ def open_datasets(recipe: Recipe) -> Datasets:
     if (targets[labels] < 0).all(axis=1).any():
         raise DataError(f"{recipe.data.taxonomy} knows nothing of some classes of {recipe.data.path}; add them to it")
     return Datasets(index, tree, targets, train, val)
+
+
+def check_alike(engine: Engine, index: DatasetIndex) -> None:
+    """DataError where a rank has opened another set than rank 0: servers and nodes' disks may differ. Collective."""
+    hashes = engine.gather_json(index.hash)
+
+    def check() -> None:
+        if index.hash != hashes[0]:
+            raise DataError(
+                f"rank {engine.rank}: {index.root} is another set ({index.hash[:12]}) than rank 0 reads "
+                f"({hashes[0][:12]}); give all nodes the same, and start again"
+            )
+
+    everywhere(engine, check)
 
 
 def _check_shards(split: Split, skip: bool) -> None:

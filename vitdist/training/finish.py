@@ -6,6 +6,7 @@ import json
 import logging
 from pathlib import Path
 
+from vitdist.data.index import is_url
 from vitdist.evaluation import results
 from vitdist.evaluation.report import build_report
 from vitdist.training.choosing import measure
@@ -73,7 +74,7 @@ def _test(job: Job) -> None:
         protocol=job.recipe.evaluation.protocol,
         seed=job.recipe.seed,
         split_hash=selection.describe()["sha256"],
-        data_path=str(job.datasets.index.root),
+        data_path=job.recipe.data.path if is_url(job.recipe.data.path) else str(job.datasets.index.root),
     )
     log.info("%s", results.headline(found))
     job.journal.summary({f"test/accuracy/{name}": level["accuracy"] for name, level in found["levels"].items()})

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
-from vitdist.data.loader import Batch
+from vitdist.data.batch import Batch
 from vitdist.errors import Stopped
 from vitdist.metrics_log import MetricsLog
 from vitdist.progress import Progress

@@ -8,7 +8,7 @@ from enum import Enum
 
 from torch.utils.data import DataLoader
 
-from vitdist.data.loader import Batch
+from vitdist.data.batch import Batch
 from vitdist.errors import DataError, NonFiniteError
 from vitdist.runtime.agree import FailedElsewhere
 from vitdist.runtime.stop import Reason
@@ -105,6 +105,8 @@ def settle(job: Job, pending: Pending | None, seconds: float) -> Report | None:
     if report.step == job.first_step:
         job.arm()
     job.num_damaged += report.num_damaged
+    first_of_epoch = (report.step - 1) % job.plan.steps_per_epoch == 0
+    job.state.damaged_in_epoch = report.num_damaged + (0 if first_of_epoch else job.state.damaged_in_epoch)
     job.journal.step(
         {
             "step": report.step,
@@ -145,8 +147,8 @@ def _raise_failures(job: Job, pending: Pending, report: Report) -> None:
         if rank == job.engine.rank and pending.failure is not None:
             raise pending.failure
         raise FailedElsewhere(report.failures[rank], rank, "could not go on")
-    if job.num_damaged > job.recipe.data.max_bad_samples:
+    if job.state.damaged_in_epoch > job.recipe.data.max_bad_samples:
         raise DataError(
-            f"{job.num_damaged} damaged samples by step {report.step} are more than data.max_bad_samples "
-            f"{job.recipe.data.max_bad_samples}; see train.log for which, and vitdist data verify"
+            f"{job.state.damaged_in_epoch} damaged samples by step {report.step} are more in one epoch than "
+            f"data.max_bad_samples {job.recipe.data.max_bad_samples}; see train.log for which, and vitdist data verify"
         )

@@ -24,7 +24,7 @@ from vitdist.runtime.watch import START_SECONDS, Watch
 from vitdist.runtime.workers import end_workers, lost_worker
 from vitdist.training import folder
 from vitdist.training.build import batch_split, build_job, introduce
-from vitdist.training.datasets import Datasets, open_datasets
+from vitdist.training.datasets import Datasets, check_alike, open_datasets
 from vitdist.training.finish import finish
 from vitdist.training.folder import Start
 from vitdist.training.job import Job
@@ -104,6 +104,7 @@ class _Run:
     def _train_and_test(self) -> Exit:
         faults = Faults(self.ranks.rank)
         datasets = everywhere(self.engine, lambda: open_datasets(self.recipe))
+        check_alike(self.engine, datasets.index)
         self.start = self._take_folder(datasets)
         faults.attempt = self.start.attempt
         self.job = job = build_job(

@@ -29,6 +29,7 @@ class TrainState:
     num_nonfinite_in_row: int = 0
     damaged: dict[str, int] = field(default_factory=dict)  # samples replaced, by kind and shard
     num_threads: int = 1  # changes bits, so it is kept
+    damaged_in_epoch: int = 0  # of all ranks, in the epoch of `step`: what data.max_bad_samples is held against
     world: int = 1
     tracking_id: str = ""
     inexact: bool = False  # resumed once without all of its state
@@ -45,7 +46,8 @@ class TrainState:
         """Read and check what `to_json` wrote; CheckpointError when it is something else."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise CheckpointError(f"state.json is not of format {FORMAT}")
-        values = {key: value for key, value in data.items() if key != "format"}
+        values = {"damaged_in_epoch": 0, **data}  # what was saved before it was counted begins at none
+        del values["format"]
         expected = {f.name for f in fields(TrainState)}
         if set(values) != expected:
             raise CheckpointError(f"state.json has not the fields it should: {sorted(set(values) ^ expected)}")
@@ -68,5 +70,6 @@ class TrainState:
         steps_fit = all(key.isascii() and key.isdigit() and len(key) <= 12 for key in self.values)
         if not steps_fit or not all(isinstance(value, _NUMBER) for value in self.values.values()):
             raise CheckpointError("state.json: values are not numbers by step")
-        if not all(type(count) is int and count >= 0 for count in self.damaged.values()):
+        counts = (self.damaged_in_epoch, *self.damaged.values())
+        if not all(type(count) is int and count >= 0 for count in counts):
             raise CheckpointError("state.json: damaged samples are not counted in whole numbers")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vitdist import optim
-from vitdist.data.loader import Batch
+from vitdist.data.batch import Batch
 from vitdist.data.mixing import ToModelInput
 from vitdist.errors import DataError, VitdistError
 from vitdist.losses import hierarchical_loss
