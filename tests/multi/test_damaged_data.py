@@ -61,6 +61,11 @@ def test_skip_counts_what_was_injected_on_any_ranks(own: DatasetIndex, tiny_reci
     codes, output = launching.run(2, command(tiny_recipe, own, "over", "data.on_bad_sample=skip", budget), tmp_path)
     assert codes == [4, 4], output
     assert f"{sum(expected.values())} damaged samples by step" in output
+    # the same ones again in the second epoch are not more
+    budget = [f"data.max_bad_samples={sum(expected.values())}", "train.max_duration=10steps"]
+    codes, output = launching.run(2, command(tiny_recipe, own, "twice", "data.on_bad_sample=skip", *budget), tmp_path)
+    assert codes == [0, 0], output
+    assert sum(counted(tmp_path / "twice").values()) == 2 * sum(expected.values())
 
 
 @pytest.mark.parametrize(("what", "kind"), [("name in a header", "header"), ("zeroed block of data", "checksum")])

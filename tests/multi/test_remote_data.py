@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Recipes
+from tests.data.tiny import tiny_packed
 from tests.data.web import NGINX, WHY_NOT, Nginx
 from tests.launching import start
 from vitdist.data.index import DatasetIndex
@@ -38,8 +39,18 @@ def test_two_ranks_learn_the_same_from_afar(server: Nginx, tiny_recipe: Recipes,
         job = start(2, ["train", recipe, f"out={tmp_path / name}", *more], tmp_path)
         assert job.wait() == [0, 0], job.output
     assert losses(tmp_path / "here") == losses(tmp_path / "there") and len(losses(tmp_path / "here")) == 12
+    assert "data:image/jpeg;base64," in (tmp_path / "there/report/index.html").read_text()
     paths = [sent.path for sent in server.log() if sent.path.endswith(".tar")]
     assert paths and len(paths) == len(set(paths))  # two ranks, two workers and two evaluations: each shard once
+
+
+def test_ranks_that_see_different_sets_stop_in_one_line(tiny_recipe: Recipes, tmp_path: Path) -> None:
+    for rank in range(2):
+        tiny_packed(tmp_path / f"set{rank}", num_classes=20, train_per_class=6, test_per_class=1, seed=rank)
+    job = start(2, ["train", str(tiny_recipe()), "out=run", "data.path=set${RANK}"], tmp_path)
+    assert job.wait() == [4, 4], job.output
+    (line,) = [line for line in job.output.splitlines() if "vitdist:" in line]
+    assert "rank 1: " in line and "is another set" in line
 
 
 def test_a_shard_gone_from_the_server_ends_in_one_line(server: Nginx, tiny_recipe: Recipes, tmp_path: Path) -> None:
