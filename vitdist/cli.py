@@ -188,6 +188,12 @@ def _sizing(subparsers: Subparsers) -> None:
     register(subparsers)
 
 
+def _sweep(subparsers: Subparsers) -> None:
+    from vitdist.sweep.commands import register
+
+    register(subparsers)
+
+
 def _checkpoint(subparsers: Subparsers) -> None:
     from vitdist.checkpoint.commands import register
 
@@ -207,6 +213,7 @@ ROOMS: list[tuple[dict[str, str], Callable[[Subparsers], None]]] = [
     ({"report": "build a run's report again", "compare": "runs side by side"}, _evaluation),
     ({"checkpoint": "list, verify and export checkpoints"}, _checkpoint),
     ({"plan": "batches, steps, bytes and memory of a run; no GPU needed"}, _sizing),
+    ({"sweep": "several runs of one recipe, or a learning-rate range test"}, _sweep),
     ({"bench": "measure plan, input and step on this machine"}, _bench),
     ({"doctor": "look at this machine or allocation", "fetch": "weights for nodes without internet"}, _doctor),
 ]
