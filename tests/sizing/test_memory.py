@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,7 +156,28 @@ def test_sharing_divides_what_it_says(tiny_recipe: Recipes) -> None:
     n, moments = sizer.states.weights, sizer.states.optimizer
     assert (ddp.gradients, ddp.optimizer) == (n, moments)
     assert one.optimizer == two.optimizer == three.optimizer == (n + moments) // 8
-    assert one.gradients == n and two.gradients == three.gradients == n // 8
+    assert one.gradients == 2 * n and two.gradients == three.gradients == n // 8 + n, "and what travels"
     assert one.weights == two.weights == ddp.weights, "float32 in every precision"
     assert n // 8 < three.weights < two.weights and three.ema == one.ema // 8
     assert offloaded.optimizer == 0 and offloaded.host == two.optimizer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_zero_holds_what_was_planned(strategy: str, tiny_recipe: Recipes, tmp_path: Path) -> None:
+    """What each of two ranks measures of its own tensors under DeepSpeed, to the hundredth of a MiB of its line."""
+    model = {"backbone": "vit", "weights": "none", "patch_size": 8, "embed_dim": 192, "depth": 4, "num_heads": 4}
+    path = tiny_recipe(model=model, parallel={"strategy": strategy}, train__max_duration="2steps")
+    codes, output = launching.run(2, ["train", str(path), "out=run"], tmp_path)
+    assert codes == [0, 0], output
+    line = next(line for line in output.splitlines() if "this rank holds" in line)
+    held, gradients, moments, masters = (float(part) for part in re.findall(r"([\d.]+) MiB", line)[:4])
+    recipe = load_recipe(path)
+    sizer = Sizer(recipe, source_of(recipe, None, None), 2)
+    said = sizer.parts(strategy, "none", BatchSplit(12, 1))
+    whole = sizer.states.largest if strategy == "zero3" else 0  # is there only while it is at work
+    mib = 2**20
+    assert held == pytest.approx((said.weights - sizer.states.buffers - whole) / mib, rel=0.01, abs=0.01)
+    assert moments + masters == pytest.approx(said.optimizer / mib, rel=0.01, abs=0.02)
+    if strategy != "zero1":
+        assert gradients == pytest.approx(sizer.states.trained / 2 / mib, rel=0.01, abs=0.01)

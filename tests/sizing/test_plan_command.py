@@ -39,7 +39,7 @@ def test_it_says_what_training_does(tiny_recipe: Recipes, tmp_path: Path, capsys
     for step, rate in rates.items():
         assert rate == float(f"{lines[step - 1]['lr']:.3g}")
     sizes = json.loads((tmp_path / "run" / "environment.json").read_text())["parameters"]
-    assert f"{sizes / 1e6:.3g} million parameters" in text
+    assert f"{sizes / 1e6:,.3f} million parameters" in text
 
 
 def test_a_nodes_share_of_the_bytes(
@@ -73,6 +73,9 @@ def test_what_fits_and_what_would(tiny_recipe: Recipes, capsys: pytest.CaptureFi
     again = planned(capsys, recipe, *machine, f"train.micro_batch_size={size}")
     assert "does not fit" not in again and "too small for ZeRO" not in again
     assert "ddp does not fit" in planned(capsys, recipe, *machine, f"train.micro_batch_size={2 * size}")
+    found = re.search(r"train.grad_checkpointing=true train.micro_batch_size=(\d+)", text)
+    assert found is not None and int(found[1]) > size
+    assert "does not fit" not in planned(capsys, recipe, *machine, *found[0].split())
 
 
 def test_a_small_model_is_told_so(tiny_recipe: Recipes, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,6 +90,11 @@ def test_without_data_the_rest_is_planned(tiny_recipe: Recipes, capsys: pytest.C
     assert "\nepoch" not in text and "\nlr" not in text
     drawn = planned(capsys, tiny_recipe(), "data.path=/nowhere", "--samples", 5994, "--shards", 24)
     assert "249 steps from 5,994 training samples" in drawn
+
+
+def test_auto_is_what_fits_at_most(tiny_recipe: Recipes, capsys: pytest.CaptureFixture[str]) -> None:
+    text = planned(capsys, tiny_recipe(), "train.micro_batch_size=auto", "--gpu-memory", "80GB")
+    assert "micro-batch 24 x accumulation 1 (auto: the largest that fits" in text
 
 
 @pytest.mark.parametrize(

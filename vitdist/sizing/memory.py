@@ -17,6 +17,7 @@ from vitdist.sizing.rehearsal import Working
 
 STRATEGIES = (("ddp", "none"), ("zero1", "none"), ("zero2", "none"), ("zero3", "none"),
               ("zero1", "cpu"), ("zero2", "cpu"), ("zero3", "cpu"))  # fmt: skip
+BUCKET = 4 * 50_000_000  # bytes of gradients on their way between ranks (runtime.zero_setup)
 RESERVE, FRAGMENTS = 1_000_000_000, 0.05  # the device's context and libraries, and what the allocator cannot use
 
 
@@ -108,7 +109,7 @@ def parts(states: States, working: Working, strategy: str, offload: str, *, worl
     share = {"zero1": (1, 1), "zero2": (1, world), "zero3": (world, world)}[strategy]
     weights = states.weights // share[0] + states.buffers
     weights += states.largest if strategy == "zero3" else 0
-    gradients = states.trained // share[1]
+    gradients = states.trained // share[1] + min(states.trained, BUCKET)
     optimizer = (states.trained + states.optimizer) // world
     ema = states.ema // share[0]
     if offload == "none":

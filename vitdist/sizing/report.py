@@ -17,7 +17,7 @@ class Sizer:
     """A recipe's memory at any number of ranks, strategy and micro-batch."""
 
     def __init__(self, recipe: Recipe, source: Source, world: int) -> None:
-        self.recipe, self.world = recipe, world
+        self.recipe, self.source, self.world = recipe, source, world
         self.states: States = states_of(recipe, skeleton(recipe, source.tree))
         self._rehearsal = Rehearsal(recipe, source.tree)
 
@@ -40,7 +40,7 @@ def batch_of(recipe: Recipe, world: int) -> BatchSplit:
     micro = recipe.train.micro_batch_size
     mixing = recipe.augment.mixup > 0 or recipe.augment.cutmix > 0
     try:
-        return split_batch(recipe.train.global_batch_size, world, None if micro == "auto" else micro, mixing=mixing)
+        return split_batch(recipe.train.global_batch_size, world, micro, mixing=mixing)
     except RecipeError as error:
         raise RecipeError(f"{error}; {_nearest_worlds(recipe, world, mixing)}") from None
 
@@ -99,7 +99,7 @@ def _memory(sizer: Sizer, batch: BatchSplit, memory: int | None) -> list[str]:
         one for one in found if (one.strategy, one.offload) == (recipe.parallel.strategy, recipe.parallel.offload)
     )
     lines = [
-        f"memory of one rank: {counted / 1e6:.3g} million parameters, {recipe.train.precision}, "
+        f"memory of one rank: {counted / 1e6:,.3f} million parameters, {recipe.train.precision}, "
         f"micro-batch {batch.micro_batch_size}"
         + (", gradients checkpointed" if recipe.train.grad_checkpointing else ""),
         *text.memory_table(found, memory, largest),
@@ -107,15 +107,27 @@ def _memory(sizer: Sizer, batch: BatchSplit, memory: int | None) -> list[str]:
     small = text.too_small(found[0], memory)
     lines += [small] if small else []
     if memory is not None and not own.fits(memory):
-        lines.append(_what_would(own, found, memory, largest, checkpointed=recipe.train.grad_checkpointing))
+        lines.append(_what_would(own, found, memory, largest, _checkpointed(sizer, own, memory, below)))
     return lines
 
 
-def _what_would(own: Parts, found: list[Parts], memory: int, largest: dict[str, int], *, checkpointed: bool) -> str:
+def _checkpointed(sizer: Sizer, own: Parts, memory: int, below: int) -> int | None:
+    """The largest micro-batch that would fit with gradient checkpointing; None where there is none, or it is on."""
+    if sizer.recipe.train.grad_checkpointing:
+        return None
+    train = sizer.recipe.train.model_copy(update={"grad_checkpointing": True})
+    recipe = sizer.recipe.model_copy(update={"train": train})
+    try:
+        return Sizer(recipe, sizer.source, sizer.world).largest(own.strategy, own.offload, memory, below)
+    except UsageError:  # a backbone that cannot
+        return None
+
+
+def _what_would(own: Parts, found: list[Parts], memory: int, largest: dict[str, int], checkpointed: int | None) -> str:
     ways = [f"train.micro_batch_size={largest[own.name]}"] if largest.get(own.name) else []
     ways += [f"parallel.strategy={one.strategy}" + (" parallel.offload=cpu" if one.host else "")
              for one in found if one.fits(memory)][:1]  # fmt: skip
-    ways += [] if checkpointed else ["train.grad_checkpointing=true (plan again with it)"]
+    ways += [f"train.grad_checkpointing=true train.micro_batch_size={checkpointed}"] if checkpointed else []
     return f"{own.name} does not fit: {text.amount(own.total)} of {text.amount(memory)}; " + (
         f"what would: {' · '.join(ways)}" if ways else "take more ranks, or a smaller model"
     )

@@ -121,7 +121,7 @@ def schedules(make_schedule: Callable[[int], Schedule], world: int, num_steps: i
               for rank in range(world)}  # fmt: skip
     strange = [rank for rank, trace in traces.items() if trace != traces[0]]
     fault = f"rank {strange[0]} has another learning rate than rank 0" if strange else None
-    scope = f"{len(looked):,} of {num_steps:,} steps, {len(metrics):,} evaluations, every second rank resumed"
+    scope = f"{len(looked):,} points of {num_steps:,} steps, {len(metrics):,} evaluations, every second rank resumed"
     return Finding("one learning rate on all ranks", scope, fault)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vitdist.data.plan import TrainPlan, num_steps
-from vitdist.recipe.batch import BatchSplit
+from vitdist.recipe.batch import BatchSplit, micro_batch_sizes
 from vitdist.recipe.schema import Recipe
 from vitdist.sizing.source import Source
 from vitdist.training.assemble import build_schedule_of
@@ -80,9 +80,8 @@ def reading(plan: TrainPlan, source: Source, num_nodes: int) -> Reading | None:
 
 def candidates(recipe: Recipe, world: int) -> list[int]:
     """Micro-batches that divide a rank's share, largest first; even ones where pairs are mixed."""
-    share = recipe.train.global_batch_size // world
-    unit = 2 if recipe.augment.mixup or recipe.augment.cutmix else 1
-    return [size for size in range(share, 0, -1) if share % size == 0 and size % unit == 0]
+    mixing = bool(recipe.augment.mixup or recipe.augment.cutmix)
+    return micro_batch_sizes(recipe.train.global_batch_size, world, mixing=mixing)[::-1]
 
 
 def with_micro_batch(recipe: Recipe, world: int, micro_batch_size: int) -> BatchSplit:
