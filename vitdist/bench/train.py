@@ -66,8 +66,8 @@ def measure_train(wish: Inputs, *, num_steps: int, num_rounds: int) -> str:
     on_cpu = step.device.type == "cpu"
     if on_cpu and len(cores) > 1:
         torch.set_num_threads(1)
-    size = wish.recipe.train.micro_batch_size or wish.recipe.train.global_batch_size
-    assert isinstance(size, int)
+    micro = wish.recipe.train.micro_batch_size
+    size = micro if isinstance(micro, int) else wish.recipe.train.global_batch_size
     stream = _stream(wish, step, size, set(cores[1:]) if on_cpu and len(cores) > 1 else set(cores))
     if on_cpu:
         os.sched_setaffinity(0, {cores[0]})  # the worker was started before, on the others

@@ -21,9 +21,9 @@ def split_batch(
 ) -> BatchSplit:
     """Divide a global batch; without a micro_batch_size each rank's share is one; `mixing` wants it even, for pairs.
 
-    RecipeError in one line with the numbers and the nearest that divide.
+    "auto" counts as none until one is found. RecipeError in one line with the numbers and the nearest that divide.
     """
-    assert micro_batch_size != "auto", "auto is refused by the recipe until it is built"
+    micro_batch_size = None if micro_batch_size == "auto" else micro_batch_size
     if mixing and micro_batch_size is not None and micro_batch_size % 2:
         raise RecipeError(
             f"train.micro_batch_size: {micro_batch_size} is odd, and mixup and cutmix mix pairs; "
@@ -34,6 +34,12 @@ def split_batch(
         raise RecipeError(_refusal(global_batch_size, world, micro_batch_size, unit))
     micro = micro_batch_size or global_batch_size // world
     return BatchSplit(micro, global_batch_size // (world * micro))
+
+
+def micro_batch_sizes(global_batch_size: int, world: int, *, mixing: bool) -> list[int]:
+    """The micro-batches that divide a rank's share, smallest first; even ones for mixing."""
+    share = global_batch_size // world
+    return [size for size in range(2 if mixing else 1, share + 1, 2 if mixing else 1) if share % size == 0]
 
 
 def _refusal(global_batch_size: int, world: int, micro_batch_size: int | None, unit: int) -> str:

@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from vitdist.errors import RecipeError
 from vitdist.recipe.fields import VALUES, extra, is_section, takes_text, walk
 from vitdist.recipe.messages import find, place_of, problems_of
-from vitdist.recipe.not_built import not_built
 from vitdist.recipe.overrides import apply_overrides
 from vitdist.recipe.problems import Place, Problem, ordered, short
 from vitdist.recipe.rules import conflicts
@@ -189,7 +188,7 @@ def _without(data: dict[str, Any], paths: Sequence[Sequence[str]]) -> dict[str, 
 
 
 def _contradictions(recipe: Recipe, root: Mapping, wrong: set[str]) -> Iterator[Problem]:
-    for conflict in (*conflicts(recipe), *not_built(recipe)):
+    for conflict in conflicts(recipe):
         if any(key in wrong or key.partition(".")[0] in wrong for key in conflict.keys):
             continue
         given = next((key for key in conflict.keys if find(root, key.split("."))), conflict.keys[0])

@@ -134,6 +134,11 @@ def batches(recipe: Recipe) -> Iterator[Conflict]:
         near = [n for n in (size // micro * micro, -(-size // micro) * micro) if n]
         text = f"{micro} does not divide train.global_batch_size {size}; nearest batch: {' or '.join(map(str, near))}"
         yield Conflict(keys, text)
+    if micro == "auto" and recipe.parallel.strategy != "ddp":
+        text = (
+            f"auto tries on one device, and parallel.strategy {recipe.parallel.strategy} shares a step among several; "
+        )
+        yield Conflict((keys[0], "parallel.strategy"), text + "use a number, or null for the whole share of a rank")
     mixing = next((key for key in ("mixup", "cutmix") if getattr(recipe.augment, key)), None)
     if mixing and size % 2:
         text = f"{size} is odd, and augment.{mixing} mixes pairs; use {size + 1} or {mixing}: 0"

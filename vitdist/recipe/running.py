@@ -23,8 +23,9 @@ class Train(Section):
         "samples an update, over all ranks: world x micro_batch_size x accumulation", 64, unit="samples", ge=1, le=2**20
     )
     micro_batch_size: Annotated[int, Field(ge=1, le=2**20)] | Literal["auto"] | None = key(
-        "samples a rank holds at once; null: its whole share; changes no number but rounding", None, unit="samples"
-    )
+        "samples a rank holds at once; null: its whole share; auto: the fastest that fits; changes only rounding",
+        None, unit="samples",
+    )  # fmt: skip
     precision: Literal["fp32", "bf16", "fp16"] = key(
         "number format of forward and backward; weights, gradients and moments are fp32, fp16 scales its loss", "fp32"
     )

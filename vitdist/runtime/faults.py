@@ -1,8 +1,8 @@
 """Failures on request, for tests: VITDIST_FAULT="kill:rank=1,step=17,phase=publish". Inert without the variable.
 
 Several faults are separated by ';'. Kinds: kill (SIGKILL to itself), stop (SIGSTOP), term (SIGTERM to itself),
-raise (RuntimeError), oserror (ENOSPC), hang (this thread sleeps for ever), nan and cold (asked for, see `asked`: a NaN
-loss; no warm-up of DDP's buckets). `attempt=N` limits a fault to the N-th
+raise (RuntimeError), oserror (ENOSPC), oom (the device is out of memory, once), hang (this thread sleeps for ever), nan
+and cold (asked for, see `asked`: a NaN loss; no warm-up of DDP's buckets). `attempt=N` limits a fault to the N-th
 start of a run, so that a restarted job survives.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from vitdist.errors import UsageError
 
 VARIABLE = "VITDIST_FAULT"
-KINDS = {"kill", "stop", "term", "raise", "oserror", "hang", "nan", "cold"}
+KINDS = {"kill", "stop", "term", "raise", "oserror", "oom", "hang", "nan", "cold"}
 ASKED = {"nan", "cold"}
 
 
@@ -68,6 +68,8 @@ class Faults:
         """Fail here when a fault asks for it."""
         for fault in self._faults:
             if fault.kind not in ASKED and fault.matches(phase, self.rank, step, self.attempt):
+                if fault.kind == "oom":  # or the step that is done again would fail again
+                    self._faults = tuple(other for other in self._faults if other is not fault)
                 _fail(fault)
 
     def asked(self, kind: str, phase: str, step: int) -> bool:
@@ -81,6 +83,10 @@ def _fail(fault: Fault) -> None:
         os.kill(os.getpid(), signals[fault.kind])
     elif fault.kind == "oserror":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), fault.phase)
+    elif fault.kind == "oom":
+        import torch
+
+        raise torch.OutOfMemoryError(f"{VARIABLE} asked for this: out of memory at {fault.phase}")
     elif fault.kind == "hang":
         time.sleep(10**6)
     else:

@@ -27,7 +27,7 @@ from vitdist.runtime.shards import num_elements
 from vitdist.runtime.stop import StopFlag
 from vitdist.runtime.watch import Watch
 from vitdist.tracking import WandbTracker
-from vitdist.training import assemble, folder
+from vitdist.training import assemble, folder, micro_batch
 from vitdist.training.datasets import Datasets
 from vitdist.training.ema import ModelEMA
 from vitdist.training.folder import Start
@@ -163,6 +163,7 @@ def _average(job: Job) -> ModelEMA | None:
 def _connect(job: Job) -> None:
     """Join the ranks' models, and open what is written while training. Collective."""
     state, recipe = job.state, job.recipe
+    job.num_nonfinite = state.num_nonfinite, state.num_nonfinite_in_row
     job.guard = NonFiniteGuard(
         recipe.train.max_nonfinite_steps,
         job.engine.device,
@@ -171,6 +172,8 @@ def _connect(job: Job) -> None:
     )
     if recipe.train.compile:
         job.model.compile()
+    if recipe.train.micro_batch_size == "auto":
+        job.batch = micro_batch.settle(job)
     job.joined = job.engine.join(
         job.model,
         job.optimizer,

@@ -73,6 +73,7 @@ class Job:
     journal: Journal = field(init=False)
     loss_scale: dict[str, Tensor] = field(default_factory=dict)  # of fp16, as a checkpoint had it
     first_step: int = 1  # the first this start makes
+    num_nonfinite: tuple[int, int] = (0, 0)  # updates skipped so far, and in a row, agreed by all ranks
     num_damaged: int = 0  # samples replaced so far, agreed by all ranks
     damaged_here: Counter[str] = field(default_factory=Counter)  # on this rank since the last save, by kind and shard
 

@@ -34,10 +34,10 @@ class Journal:
         self._progress = progress
         self._evaluated = evaluated  # steps whose line is there: a stop between evaluation and save repeats one
         self._samples: IO[str] | None = None
+        self._path = run_dir / SAMPLES / f"rank_{rank:05d}.jsonl"
         if log_samples:
-            path = run_dir / SAMPLES / f"rank_{rank:05d}.jsonl"
-            path.parent.mkdir(exist_ok=True)
-            self._samples = path.open("a", encoding="utf-8")
+            self._path.parent.mkdir(exist_ok=True)
+            self._samples = self._path.open("a", encoding="utf-8")
 
     @property
     def tracking_id(self) -> str:
@@ -87,6 +87,13 @@ class Journal:
             self._samples.write(json.dumps(record) + "\n")
         self._samples.flush()
 
+    def cut_samples(self, step: int) -> None:
+        """Drop this rank's lines of steps that are done again."""
+        if self._samples is not None:
+            self._samples.close()
+            _cut(self._path, step)
+            self._samples = self._path.open("a", encoding="utf-8")
+
     def close(self, exit_code: int = 0) -> None:
         if self._progress is not None:
             self._progress.close()
@@ -102,8 +109,12 @@ class Journal:
 def cut_samples(run_dir: Path, step: int) -> None:
     """Drop the lines of steps that a resumed run will do again, from every rank's list."""
     for path in (run_dir / SAMPLES).glob("rank_*.jsonl"):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        draft = path.with_suffix(".draft")
-        draft.write_text("".join(kept), encoding="utf-8")
-        draft.replace(path)
+        _cut(path, step)
+
+
+def _cut(path: Path, step: int) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    draft = path.with_suffix(".draft")
+    draft.write_text("".join(kept), encoding="utf-8")
+    draft.replace(path)

@@ -17,6 +17,7 @@ from vitdist.training.assemble import train_batches
 from vitdist.training.choosing import evaluate_and_choose
 from vitdist.training.job import Job
 from vitdist.training.nonfinite import NONFINITE, write_down
+from vitdist.training.starved import Starved, shrink
 from vitdist.training.step import Pending, Report, Stepper
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,19 @@ class End(Enum):
 
 def train(job: Job) -> tuple[End, Reason]:
     """Train from the job's state to its end, or to an agreed stop, which is saved. Collective.
+
+    Where `micro_batch_size: auto` turns out too large on the way, it goes on from that step with half of it.
+    """
+    while True:
+        try:
+            return _train(job)
+        except Starved as starved:
+            report = starved.report
+        shrink(job, report)
+
+
+def _train(job: Job) -> tuple[End, Reason]:
+    """Step by step.
 
     A step's report is read while the next one runs: flags act one step late, and nothing waits for the device.
     """
@@ -102,6 +116,10 @@ def settle(job: Job, pending: Pending | None, seconds: float) -> Report | None:
         return None
     report = pending.read()
     job.at("log", report.step)
+    if report.starved:
+        raise Starved(report)
+    job.note_damage(pending.damages)
+    job.num_nonfinite = report.num_nonfinite, report.num_nonfinite_in_row
     if report.step == job.first_step:
         job.arm()
     job.num_damaged += report.num_damaged

@@ -31,8 +31,9 @@ class TrainState:
     num_threads: int = 1  # changes bits, so it is kept
     damaged_in_epoch: int = 0  # of all ranks, in the epoch of `step`: what data.max_bad_samples is held against
     world: int = 1
+    micro_batch_size: int | None = None  # what `auto` found
     tracking_id: str = ""
-    inexact: bool = False  # resumed once without all of its state
+    inexact: bool = False  # resumed once without all of its state, or its micro-batch was halved
 
     @property
     def num_damaged(self) -> int:
@@ -46,7 +47,7 @@ class TrainState:
         """Read and check what `to_json` wrote; CheckpointError when it is something else."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise CheckpointError(f"state.json is not of format {FORMAT}")
-        values = {"damaged_in_epoch": 0, **data}  # what was saved before it was counted begins at none
+        values = {"damaged_in_epoch": 0, "micro_batch_size": None, **data}  # earlier versions did not keep them
         del values["format"]
         expected = {f.name for f in fields(TrainState)}
         if set(values) != expected:
@@ -67,6 +68,8 @@ class TrainState:
             raise CheckpointError(f"state.json: step is {self.step}")
         if not 1 <= self.num_threads <= _MAX_THREADS or not 1 <= self.world <= _MAX_WORLD:
             raise CheckpointError(f"state.json: {self.num_threads} threads on {self.world} ranks")
+        if self.micro_batch_size is not None and not 1 <= self.micro_batch_size <= 2**20:
+            raise CheckpointError(f"state.json: micro_batch_size is {self.micro_batch_size}")
         steps_fit = all(key.isascii() and key.isdigit() and len(key) <= 12 for key in self.values)
         if not steps_fit or not all(isinstance(value, _NUMBER) for value in self.values.values()):
             raise CheckpointError("state.json: values are not numbers by step")
