@@ -28,8 +28,12 @@ class HostMemory:
     def reserve(self, num_bytes: int) -> None:
         """Take so much from the system, in a thread: when the first save comes, the pages are there."""
         arguments = (num_bytes + SLACK,)
-        self._reserving = threading.Thread(target=self._take, args=arguments, name="host-memory", daemon=True)
+        self._reserving = threading.Thread(target=self._try_to_take, args=arguments, name="host-memory", daemon=True)
         self._reserving.start()
+
+    def _try_to_take(self, num_bytes: int) -> None:
+        with contextlib.suppress(OSError, MemoryError):  # the save itself asks again, and says so
+            self._take(num_bytes)
 
     def copies(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each tensor in a place of its own. Returns when all have arrived."""
