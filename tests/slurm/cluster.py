@@ -194,7 +194,7 @@ class Cluster:
 
     def queue(self) -> list[str]:
         """The jobs that run, wait or end, an array's by its own id."""
-        return self.call("squeue", "-h", "-o", "%A").split()
+        return self.call("squeue", "-h", "-o", "%F").split()
 
     def sbatch(self, *words: str, cwd: Path, env: Mapping[str, str] | None = None) -> str:
         """Submit; the job id."""
