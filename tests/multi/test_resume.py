@@ -99,6 +99,17 @@ def long_recipe(tiny_recipe: Recipes) -> Path:
     )
 
 
+def test_what_is_written_slowly_is_of_its_own_step(long_recipe: Path, tmp_path: Path) -> None:
+    """Saves share their memory: the next one must not be copied into it before the last is on disk."""
+    more = ("checkpoint.every=1steps", "checkpoint.keep_last=100")
+    train(1, long_recipe, tmp_path, "quick", *more)
+    train(1, long_recipe, tmp_path, "slow", *more, fault="slow:phase=between-files")
+    for step, folder in Store(tmp_path / "quick").published():
+        for name in ("model.safetensors", "training.safetensors"):
+            quick, slow = (load_file(Store(tmp_path / run).path_of(step) / name) for run in ("quick", "slow"))
+            assert all(torch.equal(quick[key], slow[key]) for key in quick), f"{name} of {folder.name}"
+
+
 def test_stopped_twice_within_one_epoch(tiny_recipe: Recipes, tmp_path: Path) -> None:
     recipe = tiny_recipe(ema={"decay": 0.9}, model__drop_path=0.1)
     train(2, recipe, tmp_path, "whole")

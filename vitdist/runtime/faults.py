@@ -1,9 +1,9 @@
 """Failures on request, for tests: VITDIST_FAULT="kill:rank=1,step=17,phase=publish". Inert without the variable.
 
 Several faults are separated by ';'. Kinds: kill (SIGKILL to itself), stop (SIGSTOP), term (SIGTERM to itself),
-raise (RuntimeError), oserror (ENOSPC), oom (the device is out of memory, once), hang (this thread sleeps for ever), nan
-and cold (asked for, see `asked`: a NaN loss; no warm-up of DDP's buckets). `attempt=N` limits a fault to the N-th
-start of a run, so that a restarted job survives.
+raise (RuntimeError), oserror (ENOSPC), oom (the device is out of memory, once), hang (this thread sleeps for ever),
+slow (it sleeps for half a second), nan and cold (asked for, see `asked`: a NaN loss; no warm-up of DDP's buckets).
+`attempt=N` limits a fault to the N-th start of a run, so that a restarted job survives.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from vitdist.errors import UsageError
 
 VARIABLE = "VITDIST_FAULT"
-KINDS = {"kill", "stop", "term", "raise", "oserror", "oom", "hang", "nan", "cold"}
+KINDS = {"kill", "stop", "term", "raise", "oserror", "oom", "hang", "slow", "nan", "cold"}
 ASKED = {"nan", "cold"}
 
 
@@ -89,5 +89,7 @@ def _fail(fault: Fault) -> None:
         raise torch.OutOfMemoryError(f"{VARIABLE} asked for this: out of memory at {fault.phase}")
     elif fault.kind == "hang":
         time.sleep(10**6)
+    elif fault.kind == "slow":
+        time.sleep(0.5)
     else:
         raise RuntimeError(f"{VARIABLE} asked for this failure at {fault.phase}")
