@@ -52,7 +52,7 @@ def test_a_worker_that_hangs_at_its_start_is_replaced(
     assert list(loader) == list(range(40))
     assert 1 < time.monotonic() - begun < 20 and caplog.text.count("started anew") == 1
     assert multiprocessing.active_children() == []
-    assert num_descriptors() == descriptors
+    assert num_descriptors() <= descriptors
 
 
 def test_workers_that_never_start_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
