@@ -286,6 +286,40 @@ def test_fp16_scales_its_loss(strategy: str, tiny_recipe: Recipes, tmp_path: Pat
     assert lines[0]["grad_norm"] == pytest.approx(steps(tmp_path / "full")[0]["grad_norm"], rel=0.02), "unscaled"
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_a_probed_head_is_in_every_ranks_average(strategy: str, tiny_recipe: Recipes, tmp_path: Path) -> None:
+    """Rank 0 fits it; an average that started elsewhere from a random head would stay wrong there."""
+    recipe = everything(
+        tiny_recipe, train={"max_duration": "2steps", "global_batch_size": 8}, evaluation={"every": "2steps"},
+        checkpoint={"every": "2steps"}, ema={"decay": 0.999, "warmup": False}, optimizer={"lr": 1e-6},
+    )  # fmt: skip
+    train(1, recipe, tmp_path, "first")
+    wish = [f"model.weights={tmp_path / 'first'}", "model.head_init=probe", f"parallel.strategy={strategy}"]
+    train(2, recipe, tmp_path, "run", *wish)
+    codes, output = launching.run(1, ["evaluate", "run", "--out", "alone"], tmp_path)
+    assert codes == [0], output
+    folders = (tmp_path / "run" / "evaluation", tmp_path / "alone")
+    found, alone = (json.loads((folder / "test.json").read_text())["levels"] for folder in folders)
+    assert {n: v["correct"] for n, v in found.items()} == {n: v["correct"] for n, v in alone.items()}
+
+
+@pytest.mark.parametrize("stage", ["zero2", pytest.param("zero3", marks=SLOW)])
+def test_running_statistics_are_rank_0s_as_under_ddp(stage: str, tiny_recipe: Recipes, tmp_path: Path) -> None:
+    recipe = tiny_recipe(
+        train={"max_duration": "5steps", "global_batch_size": 16}, evaluation={"every": "5steps"},
+        checkpoint={"every": "5steps"}, data__num_workers=0,
+        model={"backbone": "test_resnet.r160_in1k", "weights": "none", "head": "linear"},
+    )  # fmt: skip
+    train(2, recipe, tmp_path, "ddp")
+    train(2, recipe, tmp_path, "zero", f"parallel.strategy={stage}")
+    assert losses(tmp_path / "zero") == pytest.approx(losses(tmp_path / "ddp"), abs=1e-4)
+    left, right = (load_file(Store(tmp_path / run).path_of(5) / "model.safetensors") for run in ("ddp", "zero"))
+    names = [name for name in left if "running" in name]
+    assert names and all(torch.allclose(left[name], right[name], atol=1e-4) for name in names)
+    tested = [json.loads((tmp_path / run / "evaluation" / "test.json").read_text()) for run in ("ddp", "zero")]
+    assert tested[0]["levels"]["order"]["correct"] == tested[1]["levels"]["order"]["correct"]
+
+
 def test_a_killed_rank_ends_the_others_under_zero(tiny_recipe: Recipes, tmp_path: Path) -> None:
     recipe = tiny_recipe(parallel={"strategy": "zero2", "timeout": "20s"})
     fault = {"VITDIST_FAULT": "kill:rank=1,step=4,phase=forward,attempt=1"}

@@ -39,7 +39,7 @@ def start_from_probe(
 ) -> None:
     """Fit each level's classifier on the features it sees of the training view. Collective.
 
-    Every rank extracts its share of the features; rank 0 fits, and its weights go to all when the model is prepared.
+    Every rank extracts its share of the features; rank 0 fits, and its head goes to all.
     """
     features, targets = _features(engine, recipe, model, datasets, preprocessing, num_workers)
 
@@ -47,6 +47,8 @@ def start_from_probe(
         return [_fit(model, level, features[:, level], targets[:, level]) for level in range(datasets.tree.num_levels)]
 
     shares = on_main(engine, fit)
+    # an average is taken of the head before the ranks are joined
+    model.head.load_state_dict(engine.tensors_from_main(model.head.state_dict()))
     said = ", ".join(f"{name} {100 * share:.1f} %" for name, share in zip(datasets.tree.levels, shares, strict=True))
     log.info("head starts from a linear probe on %d samples; it fits %s of them", len(targets), said)
 
