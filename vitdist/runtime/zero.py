@@ -4,7 +4,7 @@ The parameters are float32 at every stage and `train.precision` is autocast insi
 accumulation, moments and checkpoints are float32 too, and the strategies differ by rounding only. DeepSpeed's own bf16
 mode would halve what ranks hold of the weights, and train another model than DDP does.
 
-Attributes of DeepSpeed's engine and optimizers used here are those of 0.17 to 0.19.
+Attributes of DeepSpeed's engine and optimizers used here are those of 0.19.8.
 """
 
 from __future__ import annotations
