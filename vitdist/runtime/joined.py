@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from vitdist import optim
@@ -44,6 +45,8 @@ class Joined:
         self.engine, self.model, self.optimizer, self.clip, self.scale = engine, model, optimizer, clip, scale
         self.trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.wrapped = self._join()
+        running = ("running_mean", "running_var")
+        self._statistics = [buffer for name, buffer in model.named_buffers() if name.endswith(running)]
 
     def _join(self) -> nn.Module:
         return self.engine.replicate(self.model)
@@ -82,7 +85,13 @@ class Joined:
         found_inf = self._judged(guard, norm)
         optim.step(self.optimizer, found_inf)
         self.optimizer.zero_grad(set_to_none=True)
+        self._share_statistics()
         return norm, found_inf
+
+    def _share_statistics(self) -> None:
+        """Batch norms' running statistics are rank 0's everywhere, at once: DDP alone does so before the next forward."""
+        for buffer in self._statistics if self.engine.world > 1 else ():
+            dist.broadcast(buffer, 0)
 
     def _judged(self, guard: Guard, norm: Tensor) -> Tensor:
         found_inf = guard.judge(norm, None if self.scale is None else self.scale.forgives())

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from vitdist.runtime import rng
@@ -131,12 +130,6 @@ class Sharded(Joined):
         self._share_statistics()
         norm = torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float32, device=self.engine.device)
         return norm, self._judged(guard, norm)
-
-    def _share_statistics(self) -> None:
-        """Running statistics of batch norms are rank 0's everywhere, which DDP sees to before a forward."""
-        for buffer in self.model.buffers() if self.engine.world > 1 else ():
-            if buffer.is_floating_point():
-                dist.broadcast(buffer, 0)
 
     # ---- its state
 
