@@ -134,8 +134,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
             raise CheckpointError(
                 f"the optimizer's state of {name} has shape {tuple(tensor.shape)}, not the parameter's"
             )
-        # fused kernels want moments and step counters beside their parameters
-        optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
+        # fused kernels want moments and step counters beside their parameters, and moments laid out like them
+        like = parameter if tensor.shape == parameter.shape else tensor
+        state = torch.empty_like(like, dtype=tensor.dtype, device=parameter.device, requires_grad=False)
+        optimizer.state[parameter][key] = state.copy_(tensor)
 
 
 def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.nn.Parameter]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from vitdist.models.backbone import Backbone
@@ -15,8 +16,16 @@ class Classifier(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self._channels_last = False
+
+    def with_channels_last(self) -> Classifier:
+        """Pictures, and kernels of convolutions, with the channels innermost in memory."""
+        self._channels_last = True
+        return self.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        if self._channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         return tuple(logits.float() for logits in self.head(self.backbone(images)))
 
     def no_weight_decay(self) -> set[str]:

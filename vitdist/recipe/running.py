@@ -34,6 +34,7 @@ class Train(Section):
     )
     deterministic: bool = key("only operations that repeat bit for bit on one kind of device; slower", False)
     compile: bool = key("compile the model; pays off on long runs", False)
+    channels_last: bool = key("channels innermost in memory, which convolutions mostly like and ViTs ignore", False)
     grad_checkpointing: bool = key("recompute blocks in backward: less memory, a third more time", False)
     max_nonfinite_steps: int = key("steps in a row whose loss may be no number before the run stops", 5, ge=0, le=1000)
 

@@ -89,7 +89,7 @@ class Joined:
         return norm, found_inf
 
     def _share_statistics(self) -> None:
-        """Batch norms' running statistics are rank 0's everywhere, at once: DDP alone does so before the next forward."""
+        """Batch norms' running statistics are rank 0's everywhere, for evaluations too; DDP waits for a forward."""
         for buffer in self._statistics if self.engine.world > 1 else ():
             dist.broadcast(buffer, 0)
 

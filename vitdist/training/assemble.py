@@ -54,7 +54,7 @@ def build_model(recipe: Recipe, taxonomy: Taxonomy, *, weights: str | None = Non
     if source != "none":
         model.backbone.record = load_weights(model, source, taxonomy)
     freeze(backbone, wish.freeze)
-    return model
+    return model.with_channels_last() if recipe.train.channels_last else model
 
 
 def vit_shape(recipe: Recipe) -> ViTShape:
