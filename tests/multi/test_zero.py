@@ -146,8 +146,9 @@ def test_a_checkpoint_is_ddps_and_goes_on_with_other_ranks(
 
 @pytest.mark.parametrize("stage", [pytest.param("zero1", marks=SLOW), pytest.param("zero2", marks=SLOW), "zero3"])
 def test_model_safetensors_is_what_was_evaluated(stage: str, short: Path, tmp_path: Path) -> None:
-    """The average, collected from all ranks; 67 and 66 samples of val make batches of unequal number."""
-    train(2, short, tmp_path, "run", f"parallel.strategy={stage}", "evaluation.batch_size=11")
+    """The average, collected from all ranks, whose 27, 27 and 26 samples of val make 3, 3 and 2 batches."""
+    changes = ["evaluation.batch_size=13", "train.global_batch_size=12"]
+    train(3, short, tmp_path, "run", f"parallel.strategy={stage}", *changes)
     run = tmp_path / "run"
     tested = json.loads((run / "evaluation" / "test.json").read_text())
     assert tested["count"] == tested["expected"] == 200

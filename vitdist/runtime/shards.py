@@ -100,6 +100,12 @@ def held(parameter: nn.Parameter) -> Tensor:
     return piece
 
 
+def without_padding(parameter: nn.Parameter, rank: int) -> Tensor:
+    """What a rank holds of a divided parameter, less the padding, which DeepSpeed leaves as it finds it in memory."""
+    piece = held(parameter).detach()
+    return piece[: max(0, num_elements(parameter) - rank * piece.numel())]
+
+
 def num_elements(parameter: nn.Parameter) -> int:
     """How many elements a parameter has over all ranks."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))

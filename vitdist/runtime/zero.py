@@ -16,10 +16,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vitdist.runtime import rng
 from vitdist.runtime.joined import Guard, Joined
 from vitdist.runtime.scaling import LossScale
-from vitdist.runtime.shards import Cut, Dealt, Layout, held, num_bytes, num_elements, part_of, to_main, whole_of
+from vitdist.runtime.shards import (
+    Cut,
+    Dealt,
+    Layout,
+    held,
+    num_bytes,
+    num_elements,
+    part_of,
+    to_main,
+    whole_of,
+    without_padding,
+)
 from vitdist.runtime.zero_setup import deepspeed_for, quiet
 
 if TYPE_CHECKING:
@@ -52,7 +62,7 @@ class Sharded(Joined):
         known = {self._names[id(parameter)]: state for parameter, state in self.optimizer.state.items()}
         self.optimizer.state.clear()
         deepspeed = deepspeed_for(self.engine)
-        with rng.kept(), quiet():
+        with quiet():
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=_InPrecision(self.model, self.engine), optimizer=self.optimizer, config=self.config
             )
@@ -93,17 +103,11 @@ class Sharded(Joined):
         if not self.forward_is_collective or not (l1 or l2):
             return super().penalty(l1=l1, l2=l2)
         self._penalty = (l1, l2)
-        pieces = [self._real(parameter) for parameter in self.trained]
+        pieces = [without_padding(parameter, self.engine.rank) for parameter in self.trained]
         return sum(
             (l1 * piece.abs().sum() + l2 * piece.square().sum() for piece in pieces),
             torch.zeros((), device=self.engine.device),
         )
-
-    def _real(self, parameter: nn.Parameter) -> Tensor:
-        """This rank's piece of a parameter without its padding, which DeepSpeed leaves as it finds it in memory."""
-        piece = held(parameter).detach()
-        length = num_elements(parameter) - self.engine.rank * piece.numel()
-        return piece[: max(0, length)]
 
     def _penalised(self, parameter: nn.Parameter) -> Any:
         """Adds the penalty's gradient while a layer's weights are there for its backward."""
