@@ -33,6 +33,8 @@ def settings(
         "allgather_bucket_size": bucket,
         "stage3_prefetch_bucket_size": bucket // 10,
         "stage3_param_persistence_threshold": 0,  # small parameters are divided like all others
+        # by default up to 10^9 collected weights stay until the update, which is all of most models
+        "stage3_max_reuse_distance": 0,
         "sub_group_size": _SUB_GROUP,
     }
     if offload:
