@@ -17,6 +17,7 @@ from vitdist.data.batch import Batch
 from vitdist.data.mixing import ToModelInput
 from vitdist.losses import hierarchical_loss
 from vitdist.recipe.batch import BatchSplit
+from vitdist.runtime.engine import DTYPES
 from vitdist.training import assemble
 from vitdist.training.datasets import open_datasets
 
@@ -35,7 +36,8 @@ class _Step:
         self._to_input = ToModelInput(self.preprocessing.mean, self.preprocessing.std).to(self.device)
         self._targets = torch.from_numpy(datasets.targets.astype(np.int64)).to(self.device)
         self._optimizer = assemble.build_optimizer_of(recipe, self.model)
-        self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
+        dtype = DTYPES[recipe.train.precision]
+        self._autocast = torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
         self._found_inf = torch.zeros((), device=self.device)
         self.plan = assemble.build_plan(recipe, datasets)
 
