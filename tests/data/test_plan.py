@@ -175,6 +175,13 @@ def test_neighbours_in_a_shard_are_spread_over_the_epoch() -> None:
     assert np.mean(distinct) > 45
 
 
+def test_small_shards_are_shuffled_with_one_another() -> None:
+    starts = np.arange(65) * 64
+    plan = make_plan(everything(starts), np.empty(0), sampling="uniform", global_batch_size=1, seed=3)
+    shards = [int(plan.slots(position, 0, 1).rows[0]) // 64 for position in range(64)]
+    assert len(set(shards)) > 20, "not one shard after the other"
+
+
 def test_what_one_epoch_leaves_out_another_takes() -> None:
     for counts in ([29], [1] * 29, [5, 20, 4]):
         case = Case(np.array(counts), everything(np.cumsum([0, *counts])), np.zeros(29, int), "uniform", 24, 3)

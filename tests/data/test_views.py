@@ -131,6 +131,18 @@ def test_any_stretch_of_a_masked_view(start: int) -> None:
     assert everything(starts).rows(start, 200).tolist() == list(range(start, 200))
 
 
+def test_every_fold_has_its_share_whatever_the_fraction_rounds_to() -> None:
+    """49 * (1 / 49) is less than 1 in floating point: without a small term the last fold would go empty."""
+    for folds in range(2, 120):
+        labels = np.zeros(2 * folds, np.int32)
+        starts = np.array([0, len(labels)])
+        sizes = [
+            validation_split(starts, labels, None, fraction=1 / folds, seed=0, fold=fold)[1].num_samples
+            for fold in (0, 1, folds - 1)
+        ]
+        assert sizes == [2, 2, 2], folds
+
+
 @pytest.mark.parametrize("at_once", [8, 64, 1 << 20])
 def test_rows_of_a_masked_view_are_counted_piece_by_piece(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(views, "COUNTED_AT_ONCE", at_once)
