@@ -91,6 +91,12 @@ def _wide(folder: Path) -> None:
     reseal(folder)
 
 
+def _crowd(folder: Path) -> None:
+    """A header that is sound, and that would have to be parsed whole: 1.5 million tensors of nothing."""
+    entries = (b'"%07d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % number for number in range(1_500_000))
+    put(files.MODEL, _header(b"{" + b",".join(entries) + b"}", b""))(folder)
+
+
 OVERLAP = (
     b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}'
 )
@@ -102,6 +108,7 @@ ATTACKS: dict[str, Callable[[Path], None]] = {
         for name in (files.MODEL, files.RECIPE, files.TAXONOMY, files.PREPROCESSING, MANIFEST)
     },
     "a header of 100 MB": put(files.MODEL, (99_000_000).to_bytes(8, "little") + b" " * 99_000_000),
+    "a header of 87 MB that is sound": _crowd,
     "a header of 2^60 bytes": put(files.MODEL, (1 << 60).to_bytes(8, "little")),
     "overlapping offsets": put(files.MODEL, _header(OVERLAP, bytes(12))),
     "offsets beyond the file": put(files.MODEL, _header(BEYOND, bytes(12))),
