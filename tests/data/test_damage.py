@@ -245,6 +245,8 @@ def test_skip_counts_exactly_and_the_epoch_is_complete(what: str, own: DatasetIn
             assert set(rows) == set(range(split.num_samples)) - hit
             assert len(rows) == split.num_samples, "a damaged sample's slot is filled"
             assert all(batch.valid.all() for batch in found)
+            labels = split.samples["label"]
+            assert all(batch.labels.tolist() == labels[batch.rows.numpy()].tolist() for batch in found)
         assert used(by_world[1]) == used(by_world[2])
         assert witness.strangers == 0
 

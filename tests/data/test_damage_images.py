@@ -17,7 +17,7 @@ from vitdist.data.batch import Batch
 from vitdist.data.foreign import index_foreign
 from vitdist.data.index import Split
 from vitdist.data.labels import LabelReader
-from vitdist.data.loader import EvaluationSource, Load, TrainSource, Unseeded, batches
+from vitdist.data.loader import EvaluationSource, Load, Place, TrainSource, Unseeded, batches
 from vitdist.data.plan import make_plan
 from vitdist.data.transforms import Augment, EvalTransform, TrainTransform
 from vitdist.data.views import everything
@@ -88,6 +88,12 @@ def test_raise_names_the_shard_the_sample_and_the_kind(split: Split) -> None:
     assert {row for batch in found for row in batch.rows[~batch.valid].tolist()} == set(bad_rows(split))
     for damage in (damage for batch in found for damage in batch.damages):
         assert f"sample {damage.row} at byte" in str(damage) and bad_rows(split)[damage.row] in str(damage)
+
+
+def test_a_gap_is_black_whatever_lay_there_before(split: Split) -> None:
+    out = np.full((32, 32, 3), 7, np.uint8)
+    loaded = Load(split, Unseeded(EvalTransform(PREPARED)))(Place(next(iter(bad_rows(split))), 0, 0, 0, 0), out)
+    assert not loaded.is_valid and not out.any()
 
 
 def test_evaluation_leaves_the_bad_out_and_shows_the_odd_as_they_are(split: Split) -> None:

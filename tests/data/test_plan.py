@@ -182,6 +182,26 @@ def test_small_shards_are_shuffled_with_one_another() -> None:
     assert len(set(shards)) > 20, "not one shard after the other"
 
 
+def test_each_epoch_has_its_own_order_of_shards() -> None:
+    plan = make_plan(
+        everything(np.arange(9) * 5000), np.empty(0), sampling="uniform", global_batch_size=1, seed=3
+    )  # a block is a shard
+    orders = {
+        tuple(int(plan.slots(epoch * 40_000 + k * 5000 + 2500, 0, 1).rows[0]) // 5000 for k in range(8))
+        for epoch in range(3)
+    }
+    assert len(orders) == 3 and all(sorted(order) == list(range(8)) for order in orders)
+
+
+def test_balanced_epochs_take_other_samples_of_a_large_class() -> None:
+    labels = np.repeat([0, 1], [90, 10])
+    plan = make_plan(everything(np.array([0, 100])), labels, sampling="balanced", global_batch_size=10, seed=3)
+    taken = [
+        {row for p in range(10) for row in plan.slots(10 * e + p, 0, 10).rows.tolist() if row < 90} for e in (0, 1)
+    ]
+    assert [len(rows) for rows in taken] == [50, 50] and taken[0] != taken[1]
+
+
 def test_what_one_epoch_leaves_out_another_takes() -> None:
     for counts in ([29], [1] * 29, [5, 20, 4]):
         case = Case(np.array(counts), everything(np.cumsum([0, *counts])), np.zeros(29, int), "uniform", 24, 3)
