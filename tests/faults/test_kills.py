@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests import launching, run_state
 from tests.conftest import Recipes
+from vitdist.checkpoint.store import Store
 
 EVERY = 3  # steps between checkpoints of the tiny recipe
 # (rank, phase, step): what a step passes, what a save passes, and what comes around them
@@ -95,17 +97,29 @@ def test_killed_five_times_at_random(seed: int, tiny_recipe: Recipes, tmp_path: 
     assert codes == [0] * world, output
     num_kills, said = 0, []
     while num_kills < 5:
-        place = draw.choice([*STEP_PHASES, *SAVE_PHASES, "evaluation", "resume", "test"])
-        rank = 0 if place in SAVE_PHASES[:5] else draw.randrange(world)
-        at = "" if place in ("test", "resume") else f"step={draw.randrange(1, 13)},"
-        fault = f"kill:rank={rank},{at}phase={place}"
+        fault = draw_fault(draw, world, tmp_path / "run")
         codes, output = start(world, recipe, tmp_path, "run", fault)
         said.append((seed, world, fault, codes))
         print(said[-1])
         assert set(codes) <= {0, -9, 6}, (said, output)
         num_kills += -9 in codes
-        if codes == [0] * world:  # it came through: from here on the run is finished and only its end can be killed
-            break
+        if codes == [0] * world:  # it came through: the kills that are left meet a new run
+            assert_same(tmp_path / "run", tmp_path / "whole")
+            shutil.rmtree(tmp_path / "run")
     codes, output = start(world, recipe, tmp_path, "run")
     assert codes == [0] * world, (said, output)
     assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def draw_fault(draw: random.Random, world: int, run: Path) -> str:
+    """A place that the next start will pass, as far as can be foretold."""
+    published = Store(run).published()
+    newest = published[-1][0] if published else 0
+    place = draw.choice([*STEP_PHASES, *SAVE_PHASES, "evaluation", "resume", "test"])
+    if place == "test" or newest == 12:
+        return f"kill:rank={draw.randrange(world)},phase=test"
+    if place == "resume":
+        return f"kill:rank={draw.randrange(world)},phase=resume"
+    rank = 0 if place in SAVE_PHASES[:5] else draw.randrange(world)
+    every = 6 if place == "evaluation" else EVERY if place in SAVE_PHASES else 1
+    return f"kill:rank={rank},step={draw.choice(range(newest // every * every + every, 13, every))},phase={place}"
