@@ -6,6 +6,7 @@ import csv
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests import launching
@@ -35,6 +36,9 @@ def test_the_steepest_and_the_diverging_rate_are_found() -> None:
     rates, losses = curve(math.inf)
     losses[90] = math.nan
     assert judge(rates[:91], losses[:91]).diverging == rates[90]
+    noise = np.random.default_rng(0).normal(0, 0.08, 120)
+    noisy = judge(rates, [6 - 0.02 * step / 120 + noise[step] + max(0, step - 90) * 0.1 for step in range(120)])
+    assert noisy.diverging is not None and 90 < rates.index(noisy.diverging) < 100, "noise alone is no turn"
     rising = judge(rates, [1 + step / 10 for step in range(120)])
     assert rising.steepest is None and rising.diverging is not None
 

@@ -35,6 +35,8 @@ from vitdist.training.loop import loader_of
 from vitdist.training.step import Stepper
 
 KEEP = 0.8  # of the running average over steps
+TURNED = 1.05
+SETTLED = 10  # steps after which it forgets how it began
 HOPELESS = 2.0  # times the first loss: nothing is learned beyond
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -146,19 +148,32 @@ def _job(recipe: Recipe) -> Job:
 def judge(rates: Sequence[float], losses: Sequence[float]) -> Found:
     """steepest: where the smoothed loss falls fastest over the logarithm of the rate, before its lowest point.
 
-    diverging: the first rate after the lowest point where half of the gain is lost again, or a loss is no number.
+    diverging: the first rate after the lowest point where half of the gain is lost again and the loss is 5 % above it,
+    since a test of few steps gains little more than its noise; or where a loss is no number.
     """
     kept = [loss for loss in losses if math.isfinite(loss)]
     smooth = [value for value in smoothed(kept, KEEP) if value is not None]
     lowest = int(np.argmin(smooth)) if smooth else 0
-    steepest = None
-    if lowest >= 2 and smooth[lowest] < smooth[0]:
-        slopes = np.gradient(np.asarray(smooth[: lowest + 1]), np.log(rates[: lowest + 1]))
-        steepest = rates[int(np.argmin(slopes))]
-    bound = (smooth[0] + smooth[lowest]) / 2 if smooth else math.inf
+    bound = max((smooth[0] + smooth[lowest]) / 2, TURNED * smooth[lowest]) if smooth else math.inf
     lost = [step for step in range(lowest + 1, len(smooth)) if smooth[step] > bound]
     lost += [step for step, loss in enumerate(losses) if not math.isfinite(loss)][:1]
+    steepest = _steepest(rates, smooth[: lowest + 1])
     return Found(list(rates), list(losses), smooth, steepest, rates[min(lost)] if lost else None)
+
+
+def _steepest(rates: Sequence[float], falling: Sequence[float]) -> float | None:
+    """The middle of the stretch, a fifth of them all, whose fitted line falls most; None where nothing fell.
+
+    The first steps are left out: there the average is no average yet.
+    """
+    width = max(3, len(falling) // 5)
+    first = min(SETTLED, len(falling) // 4)
+    if len(falling) < first + width or falling[-1] >= falling[0]:
+        return None
+    logs = np.log(rates[: len(falling)])
+    starts = range(first, len(falling) - width + 1)
+    slopes = [np.polyfit(logs[at : at + width], falling[at : at + width], 1)[0] for at in starts]
+    return rates[starts[int(np.argmin(slopes))] + width // 2]
 
 
 def _words(recipe: Recipe, found: Found) -> str:
