@@ -33,8 +33,7 @@ def _add_plan(commands: Subparsers) -> None:
 
 def _add_data(commands: Subparsers) -> None:
     parser = commands.add_parser("data", help="images a second of one core, beside the usual pipelines")
-    parser.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
+    _takes_recipe(parser)
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="interleaved rounds (5)")
     parser.add_argument("--alone", action="store_true", help="only this toolkit's own input")
     parser.add_argument("--profile", action="store_true", help="then where the time goes, by function")
@@ -43,8 +42,7 @@ def _add_data(commands: Subparsers) -> None:
 
 def _add_train(commands: Subparsers) -> None:
     parser = commands.add_parser("train", help="the step alone, the input alone, both, and the waiting; one rank")
-    parser.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
+    _takes_recipe(parser)
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps a round (10)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="interleaved rounds (3)")
     parser.set_defaults(function=train)
@@ -52,12 +50,16 @@ def _add_train(commands: Subparsers) -> None:
 
 def _add_step(commands: Subparsers) -> None:
     parser = commands.add_parser("step", help="the training step beside a bare loop and the step of timm's script")
-    parser.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
+    _takes_recipe(parser)
     parser.add_argument("--variants", default="fp32,bf16,bf16+compile", metavar="LIST", help="(fp32,bf16,bf16+compile)")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps a round (10)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="interleaved rounds (5)")
     parser.set_defaults(function=step)
+
+
+def _takes_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
 
 
 def step(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from vitdist.data.transforms import Augment, Preprocessing
 from vitdist.recipe.load import load_recipe
 from vitdist.recipe.schema import Recipe
 from vitdist.recipe.shipped import find_recipe
-from vitdist.training.assemble import image_size
+from vitdist.training.assemble import augment_of, image_size
 from vitdist.training.datasets import cache_of
 
 
@@ -32,15 +32,5 @@ def inputs_of(name: str, overrides: Sequence[str]) -> Inputs:
     index = open_set(recipe.data.path, cache_of(recipe))
     split = index.split("train")
     split.check_shards()
-    wish = recipe.augment
-    augment = Augment(
-        crop_scale=wish.crop_scale,
-        flip=wish.flip,
-        rotation=wish.rotation,
-        color_jitter=wish.color_jitter,
-        auto=wish.auto,
-        erasing=wish.erasing,
-    )
-    return Inputs(
-        recipe, index, split, Preprocessing(image_size(recipe), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), augment
-    )
+    preprocessing = Preprocessing(image_size(recipe), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return Inputs(recipe, index, split, preprocessing, augment_of(recipe))

@@ -132,6 +132,19 @@ def build_plan(recipe: Recipe, datasets: Datasets) -> TrainPlan:
     )
 
 
+def augment_of(recipe: Recipe) -> Augment:
+    """What is drawn anew for each photograph in training."""
+    wish = recipe.augment
+    return Augment(
+        crop_scale=wish.crop_scale,
+        flip=wish.flip,
+        rotation=wish.rotation,
+        color_jitter=wish.color_jitter,
+        auto=wish.auto,
+        erasing=wish.erasing,
+    )
+
+
 def train_batches(
     recipe: Recipe,
     split: Split,
@@ -147,17 +160,9 @@ def train_batches(
 ) -> torch.utils.data.DataLoader[Batch]:
     """Micro-batches of one rank from a position on, without end."""
     wish = recipe.augment
-    augment = Augment(
-        crop_scale=wish.crop_scale,
-        flip=wish.flip,
-        rotation=wish.rotation,
-        color_jitter=wish.color_jitter,
-        auto=wish.auto,
-        erasing=wish.erasing,
-    )
     load = Load(
         split,
-        TrainTransform(preprocessing, augment),
+        TrainTransform(preprocessing, augment_of(recipe)),
         replacement=plan.replacement if recipe.data.on_bad_sample == "skip" else None,
         with_keys=recipe.tracking.log_samples,
     )
