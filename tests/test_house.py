@@ -16,6 +16,12 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "vitdist"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "launch").glob("*.py")])
 
+
+def rooms(*names: str) -> tuple[str, ...]:
+    return tuple(f"vitdist.data.{name}" for name in names)
+
+
+OUTSIDE_DATA = ("vitdist.models", "vitdist.runtime", "vitdist.training")
 # room -> what it must not import; a room is a module or package by its dotted name, the longest match decides
 FORBIDDEN = {
     "vitdist.errors": ("vitdist", "torch"),
@@ -24,8 +30,13 @@ FORBIDDEN = {
     "vitdist.data.plan": ("torch",),
     "vitdist.data.views": ("torch",),
     "vitdist.data.index": ("torch",),
+    "vitdist.data.sources": (*rooms("packing", "loading"), *OUTSIDE_DATA),
+    "vitdist.data.packing": (*rooms("loading"), *OUTSIDE_DATA),
+    "vitdist.data.storage": (*rooms("sources", "packing", "pixels", "loading"), *OUTSIDE_DATA),
+    "vitdist.data.pixels": (*rooms("sources", "packing", "storage", "loading"), *OUTSIDE_DATA),
+    "vitdist.data.loading": (*rooms("sources", "packing"), *OUTSIDE_DATA),
     "vitdist.checkpoint.store": ("torch",),
-    "vitdist.data": ("vitdist.models", "vitdist.runtime", "vitdist.training"),
+    "vitdist.data": OUTSIDE_DATA,
     "vitdist.models": ("vitdist.recipe", "vitdist.runtime", "vitdist.data", "vitdist.training", "accelerate"),
     "vitdist.losses": ("vitdist.recipe", "vitdist.runtime", "vitdist.data", "vitdist.training"),
     "vitdist.runtime": ("vitdist.data", "vitdist.models", "vitdist.training"),

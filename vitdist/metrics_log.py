@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vitdist.durable import write_whole
 from vitdist.errors import ResourceError
 
 
@@ -62,7 +63,7 @@ class MetricsLog:
         if whole != data:
             if moved:
                 _append(self.path.with_suffix(".discarded.jsonl"), b"".join(moved))
-            _replace(self.path, whole)
+            write_whole(self.path, whole)
         return len(moved)
 
 
@@ -96,10 +97,3 @@ def _append(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _replace(path: Path, data: bytes) -> None:
-    stage = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    stage.write_bytes(b"")
-    _append(stage, data)
-    os.replace(stage, path)

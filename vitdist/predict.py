@@ -17,9 +17,9 @@ from PIL import Image, ImageOps
 
 from vitdist.checkpoint import state as files
 from vitdist.checkpoint.store import find_checkpoint
-from vitdist.data.images import DamagedImage
-from vitdist.data.mixing import ToModelInput
-from vitdist.data.transforms import EvalTransform, Preprocessing
+from vitdist.data.pixels.images import DamagedImage
+from vitdist.data.pixels.mixing import ToModelInput
+from vitdist.data.pixels.transforms import EvalTransform, Preprocessing
 from vitdist.errors import CheckpointError, DataError, RecipeError, UsageError
 from vitdist.models.classifier import Classifier
 from vitdist.photographs import NotAPhotograph, Photograph, find_photographs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vitdist.data.images import decode
+from vitdist.data.pixels.images import decode
+from vitdist.durable import write_whole
 from vitdist.errors import ResourceError
 from vitdist.photographs import Photograph
 
@@ -89,9 +89,7 @@ def _share(answer: dict[str, Any]) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    draft.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(draft, path)
+    write_whole(path, text.encode(errors="backslashreplace"))  # a file name may hold bytes that are no text
 
 
 class Pictures:

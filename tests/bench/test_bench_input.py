@@ -15,10 +15,10 @@ from vitdist.bench.cores import bare, streamed
 from vitdist.bench.damage import damaged_copy
 from vitdist.bench.data import BareLoop, Wish, batch_of
 from vitdist.bench.photographs import all_photographs, large_photographs
-from vitdist.data.images import read_header
 from vitdist.data.index import DatasetIndex
-from vitdist.data.shards import DamagedSample, ShardReader
-from vitdist.data.transforms import Augment, Preprocessing
+from vitdist.data.pixels.images import read_header
+from vitdist.data.pixels.transforms import Augment, Preprocessing
+from vitdist.data.storage.shards import DamagedSample, ShardReader
 
 PREPARED = Preprocessing(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 

@@ -14,7 +14,7 @@ import pytest
 from tests.data.tiny import tiny_cub
 from vitdist.data.commands import register
 from vitdist.data.index import load_index
-from vitdist.data.verify import verify
+from vitdist.data.packing.verify import verify
 from vitdist.errors import VitdistError
 
 

@@ -16,8 +16,8 @@ import pytest
 
 from tests.data.tiny import tiny_packed
 from vitdist.data.index import INDEX_NAME, SAMPLE_DTYPE, DatasetIndex, load_index, read_key, render_index
-from vitdist.data.keys import split_name
-from vitdist.data.tar import DamagedShard, scan_shard
+from vitdist.data.storage.keys import split_name
+from vitdist.data.storage.tar import DamagedShard, scan_shard
 from vitdist.errors import DataError
 
 
@@ -144,6 +144,7 @@ def test_a_changed_class_name_is_seen(packed: DatasetIndex) -> None:
 
 
 def test_the_index_needs_no_torch() -> None:
-    modules = "vitdist.data.index, vitdist.data.tar, vitdist.data.indexing, vitdist.data.verify, vitdist.data.commands"
-    code = f"import {modules}, sys; sys.exit('torch' in sys.modules or 'webdataset' in sys.modules)"
+    modules = ("index", "storage.tar", "packing.indexing", "packing.verify", "commands")
+    imported = ", ".join(f"vitdist.data.{module}" for module in modules)
+    code = f"import {imported}, sys; sys.exit('torch' in sys.modules or 'webdataset' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vitdist.data import loader
-from vitdist.data.loader import EvaluationSource, Place, TrainSource
+from vitdist.data.loading import loader
+from vitdist.data.loading.loader import EvaluationSource, Place, TrainSource
 from vitdist.data.plan import MAX_RANGES, TrainPlan, evaluation_span, make_plan
 from vitdist.data.views import View, everything
 from vitdist.errors import DataError

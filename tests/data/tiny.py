@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vitdist.data.cub import read_cub
 from vitdist.data.index import DatasetIndex
-from vitdist.data.pack import Packing, pack
+from vitdist.data.packing.pack import Packing, pack
+from vitdist.data.sources.cub import read_cub
 from vitdist.taxonomy import Taxonomy, read_csv
 
 LEVELS = ("order", "family", "species")

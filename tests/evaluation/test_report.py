@@ -17,8 +17,8 @@ from PIL import Image
 
 from tests.data.tiny import tiny_packed
 from tests.evaluation.run_maker import draw_predictions, make_run, write_checkpoint, write_evaluation
-from vitdist.data.images import decode
 from vitdist.data.index import DatasetIndex
+from vitdist.data.pixels.images import decode
 from vitdist.errors import UsageError
 from vitdist.evaluation.metrics import class_scores, confusion_matrix
 from vitdist.evaluation.pictures import Pictures

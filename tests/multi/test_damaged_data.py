@@ -11,7 +11,7 @@ import pytest
 
 from tests import launching
 from tests.conftest import Recipes
-from tests.data.test_damage import IN_SHARD, inject
+from tests.data.storage.test_damage import IN_SHARD, inject
 from tests.data.tiny import tiny_packed
 from vitdist.checkpoint.store import find_checkpoint
 from vitdist.data.index import SAMPLE_DTYPE, DatasetIndex

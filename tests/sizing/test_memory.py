@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests import launching
 from tests.conftest import Recipes
 from vitdist.checkpoint.store import Store
-from vitdist.data.mixing import ToModelInput
+from vitdist.data.pixels.mixing import ToModelInput
 from vitdist.recipe import Recipe, load_recipe
 from vitdist.recipe.batch import BatchSplit
 from vitdist.sizing.live import LiveBytes

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from vitdist.data.index import Split
-from vitdist.data.tar import BLOCK
+from vitdist.data.storage.tar import BLOCK
 
 SHARE = 0.01
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from vitdist.bench.cores import WARM_UP, Taken, bare, streamed
-from vitdist.data import augmentations as ops
 from vitdist.data import rivals
-from vitdist.data.images import decode, decode_scaled, read_header
 from vitdist.data.index import Split
-from vitdist.data.loader import Load, Loader, TrainSource, batches
+from vitdist.data.loading.loader import Load, Loader, TrainSource, batches
+from vitdist.data.pixels import augmentations as ops
+from vitdist.data.pixels.images import decode, decode_scaled, read_header
+from vitdist.data.pixels.transforms import Augment, Draws, Preprocessing, TrainTransform, resize
 from vitdist.data.plan import TrainPlan, make_plan
-from vitdist.data.shards import ShardReader
-from vitdist.data.transforms import Augment, Draws, Preprocessing, TrainTransform, resize
+from vitdist.data.storage.shards import ShardReader
 from vitdist.data.views import everything
 
 OURS, BARE, FOLDER, PLAIN, LENT = (

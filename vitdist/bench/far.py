@@ -19,8 +19,8 @@ from PIL import Image
 from vitdist.bench.cores import Taken, streamed
 from vitdist.bench.data import Candidate, Wish
 from vitdist.data import rivals
-from vitdist.data.cache import ShardCache
-from vitdist.data.remote_set import open_set
+from vitdist.data.storage.cache import ShardCache
+from vitdist.data.storage.remote_set import open_set
 
 DELAY = 0.005
 ONE_READ = 1 << 20

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vitdist.data.index import DatasetIndex, Split
-from vitdist.data.remote_set import open_set
-from vitdist.data.transforms import Augment, Preprocessing
+from vitdist.data.pixels.transforms import Augment, Preprocessing
+from vitdist.data.storage.remote_set import open_set
 from vitdist.recipe.load import load_recipe
 from vitdist.recipe.schema import Recipe
 from vitdist.recipe.shipped import find_recipe

@@ -9,11 +9,11 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from vitdist.data.images import decode
 from vitdist.data.index import DatasetIndex, Shard, Split, Table
-from vitdist.data.pack import Packing, pack
-from vitdist.data.shards import ShardReader
-from vitdist.data.sources import SourceSample
+from vitdist.data.packing.pack import Packing, pack
+from vitdist.data.pixels.images import decode
+from vitdist.data.sources.photograph import SourceSample
+from vitdist.data.storage.shards import ShardReader
 from vitdist.errors import DataError
 
 MOST = 2000  # photographs of a large set: they are held in memory, and written out as files for ImageFolder

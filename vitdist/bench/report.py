@@ -12,7 +12,7 @@ from vitdist.bench.data import FOLDER, OURS, Wish, batch_of, measure, others, ou
 from vitdist.bench.inputs import Inputs
 from vitdist.bench.photographs import all_photographs, large_photographs
 from vitdist.data import rivals
-from vitdist.data.transforms import prepare_worker
+from vitdist.data.pixels.transforms import prepare_worker
 
 
 def input_report(inputs: Inputs, num_rounds: int, alone: bool, with_profile: bool) -> Iterator[str]:

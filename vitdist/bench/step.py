@@ -23,8 +23,8 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitdist.data.batch import Batch
-from vitdist.data.mixing import ToModelInput
+from vitdist.data.loading.batch import Batch
+from vitdist.data.pixels.mixing import ToModelInput
 from vitdist.errors import UsageError
 from vitdist.recipe.load import load_recipe
 from vitdist.recipe.schema import Recipe

@@ -13,8 +13,8 @@ import torch
 
 from vitdist import optim
 from vitdist.bench.inputs import Inputs
-from vitdist.data.batch import Batch
-from vitdist.data.mixing import ToModelInput
+from vitdist.data.loading.batch import Batch
+from vitdist.data.pixels.mixing import ToModelInput
 from vitdist.losses import hierarchical_loss
 from vitdist.recipe.batch import BatchSplit
 from vitdist.runtime.engine import DTYPES

@@ -10,6 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from vitdist.durable import sync_folder
 from vitdist.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -106,11 +107,3 @@ def _digest(file: Any) -> str:  # Python 3.10 has no file_digest
 def sync_file(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitdist.checkpoint.manifest import MANIFEST, NAME, is_plain_file, read_manifest, seal, sync_folder, verify
+from vitdist.checkpoint.manifest import MANIFEST, NAME, is_plain_file, read_manifest, seal, verify
+from vitdist.durable import sync_folder, write_whole
 from vitdist.errors import CheckpointError
 
 FOLDER = "checkpoints"
@@ -206,9 +207,7 @@ class Store:
             return file.read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             name = uuid.uuid4().hex
-            draft = file.with_name(f"{RUN_ID}.draft")
-            draft.write_text(name + "\n", encoding="utf-8")
-            os.replace(draft, file)
+            write_whole(file, name + "\n")
             return name
 
 

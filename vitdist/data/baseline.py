@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vitdist.data.images import decode
 from vitdist.data.index import INDEX_NAME, load_index
-from vitdist.data.shards import ShardReader
+from vitdist.data.pixels.images import decode
+from vitdist.data.storage.shards import ShardReader
 from vitdist.errors import VitdistError, lines
 
 BINS = 8  # of each channel
@@ -87,8 +87,8 @@ def _packed(folder: Path) -> tuple[str, Iterable[Labelled], Iterable[Labelled]]:
 
 
 def _drawn(folder: Path) -> tuple[str, Iterable[Labelled], Iterable[Labelled]]:
-    from vitdist.data.cub import read_cub
-    from vitdist.data.demo import demo_taxonomy
+    from vitdist.data.sources.cub import read_cub
+    from vitdist.data.sources.demo import demo_taxonomy
 
     tree, samples = read_cub(folder, taxonomy=demo_taxonomy())
     level = tree.levels[-1]

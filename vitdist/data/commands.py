@@ -92,9 +92,9 @@ def add_tree_options(parser: argparse.ArgumentParser) -> None:
 
 def run_cub(options: argparse.Namespace) -> int:
     """`vitdist data cub`."""
-    from vitdist.data.cub import read_cub
-    from vitdist.data.pack import write_packed
-    from vitdist.data.staging import require_space, staged
+    from vitdist.data.packing.pack import write_packed
+    from vitdist.data.packing.staging import require_space, staged
+    from vitdist.data.sources.cub import read_cub
 
     source, out = Path(options.source), Path(options.out)
     before = hash_at(out)
@@ -111,8 +111,8 @@ def run_cub(options: argparse.Namespace) -> int:
 
 def run_folder(options: argparse.Namespace) -> int:
     """`vitdist data folder`."""
-    from vitdist.data.folder import read_folder
-    from vitdist.data.pack import pack
+    from vitdist.data.packing.pack import pack
+    from vitdist.data.sources.folder import read_folder
 
     out = Path(options.out)
     before = hash_at(out)
@@ -132,10 +132,10 @@ def run_folder(options: argparse.Namespace) -> int:
 
 def run_demo(options: argparse.Namespace) -> int:
     """`vitdist data demo`."""
-    from vitdist.data.cub import read_cub
-    from vitdist.data.demo import demo_taxonomy, draw_demo
-    from vitdist.data.pack import Packing, write_packed
-    from vitdist.data.staging import staged
+    from vitdist.data.packing.pack import Packing, write_packed
+    from vitdist.data.packing.staging import staged
+    from vitdist.data.sources.cub import read_cub
+    from vitdist.data.sources.demo import demo_taxonomy, draw_demo
 
     out = Path(options.out)
     before = hash_at(out)
@@ -151,8 +151,8 @@ def run_demo(options: argparse.Namespace) -> int:
 
 def run_index(options: argparse.Namespace) -> int:
     """`vitdist data index`."""
-    from vitdist.data.foreign import index_foreign
-    from vitdist.data.labels import LabelReader
+    from vitdist.data.packing.foreign import index_foreign
+    from vitdist.data.packing.labels import LabelReader
 
     taxonomy = taxonomy_of(options)
     reader = LabelReader(
@@ -180,7 +180,7 @@ def run_index(options: argparse.Namespace) -> int:
 
 def run_verify(options: argparse.Namespace) -> int:
     """`vitdist data verify`: one line a problem and exit code 4, or what was verified."""
-    from vitdist.data.verify import verify
+    from vitdist.data.packing.verify import verify
 
     problems = verify(options.path)
     for problem in problems:
@@ -238,7 +238,7 @@ def hash_at(out: Path) -> str | None:
 
 
 def packing_of(options: argparse.Namespace, source: str, name: str) -> Any:
-    from vitdist.data.pack import Packing
+    from vitdist.data.packing.pack import Packing
 
     return Packing(
         name=options.name or name,
@@ -260,7 +260,7 @@ def levels_of(options: argparse.Namespace) -> list[str] | None:
 
 
 def taxonomy_of(options: argparse.Namespace) -> Any:
-    from vitdist.data.trees import read_tree
+    from vitdist.data.sources.trees import read_tree
 
     return read_tree(options.taxonomy, levels_of(options)) if options.taxonomy else None
 

@@ -19,13 +19,13 @@ from urllib.parse import quote
 
 import numpy as np
 
-from vitdist.data.keys import split_name
-from vitdist.data.tar import BLOCK, MAX_HEADER_BLOCKS, DamagedShard, parse_header
+from vitdist.data.storage.keys import split_name
+from vitdist.data.storage.tar import BLOCK, MAX_HEADER_BLOCKS, DamagedShard, parse_header
 from vitdist.errors import DataError
 from vitdist.taxonomy import Taxonomy
 
 if TYPE_CHECKING:
-    from vitdist.data.cache import ShardCache
+    from vitdist.data.storage.cache import ShardCache
 
 FORMAT = 1
 INDEX_NAME = "index.json"

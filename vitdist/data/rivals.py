@@ -21,8 +21,8 @@ from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 from vitdist.data.index import Split
-from vitdist.data.shards import ShardReader
-from vitdist.data.transforms import Augment, Preprocessing, TrainTransform, prepare_worker
+from vitdist.data.pixels.transforms import Augment, Preprocessing, TrainTransform, prepare_worker
+from vitdist.data.storage.shards import ShardReader
 
 
 def usual_transform(preprocessing: Preprocessing, augment: Augment) -> Callable[[Image.Image], torch.Tensor]:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitdist.data import commands
-from vitdist.data.draw import TEST_FRACTION
+from vitdist.data.sources.draw import TEST_FRACTION
 from vitdist.errors import DataError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from vitdist.data.index import DatasetIndex
-    from vitdist.data.rows import Failure, Rows
-    from vitdist.data.spool import Spool
+    from vitdist.data.sources.rows import Failure, Rows
+    from vitdist.data.sources.spool import Spool
 
 WORKERS = 16
 ALONE = (1, 1)
@@ -44,8 +44,8 @@ def add_table(actions: Any) -> None:
 
 def run_table(options: argparse.Namespace) -> int:
     """Fetch into the spool, then pack and delete it; with --part, fetch only. A kill loses nothing of the spool."""
-    from vitdist.data.rows import Columns, read_rows
-    from vitdist.data.spool import Spool
+    from vitdist.data.sources.rows import Columns, read_rows
+    from vitdist.data.sources.spool import Spool
 
     source, out = Path(options.source), Path(options.out)
     levels = commands.levels_of(options)
@@ -73,9 +73,9 @@ def _fetch_and_pack(
     options: argparse.Namespace, rows: Rows, spool: Spool, levels: Sequence[str]
 ) -> DatasetIndex | None:
     """The packed set; None where this was one part of several."""
-    from vitdist.data.pack import pack
-    from vitdist.data.remote import PATIENCE
-    from vitdist.data.table import fetch, read_table
+    from vitdist.data.packing.pack import pack
+    from vitdist.data.sources.table import fetch, read_table
+    from vitdist.data.storage.remote import PATIENCE
 
     out, num_before = Path(options.out), len(spool.found)
     patience = replace(PATIENCE, tries=options.tries, silence=options.timeout)

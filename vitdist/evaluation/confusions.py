@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from vitdist.data.cache import ShardCache
-from vitdist.data.remote import Patience
+from vitdist.data.storage.cache import ShardCache
+from vitdist.data.storage.remote import Patience
 from vitdist.evaluation.metrics import class_scores, confused_pairs, confusion_matrix
 from vitdist.evaluation.pictures import Pictures, open_pictures
 from vitdist.evaluation.plots import heat_map

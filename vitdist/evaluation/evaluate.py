@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from vitdist.data.batch import Batch
-from vitdist.data.mixing import ToModelInput
+from vitdist.data.loading.batch import Batch
+from vitdist.data.pixels.mixing import ToModelInput
 from vitdist.evaluation.predictions import PredictionTable, from_logits, merge
 from vitdist.runtime.engine import Engine, evaluating
 

@@ -9,11 +9,11 @@ from contextlib import suppress
 import numpy as np
 from PIL import Image
 
-from vitdist.data.cache import ShardCache
-from vitdist.data.images import DamagedImage, decode
 from vitdist.data.index import Split
-from vitdist.data.remote_set import open_set
-from vitdist.data.shards import DamagedSample, ShardReader
+from vitdist.data.pixels.images import DamagedImage, decode
+from vitdist.data.storage.cache import ShardCache
+from vitdist.data.storage.remote_set import open_set
+from vitdist.data.storage.shards import DamagedSample, ShardReader
 from vitdist.errors import ResourceError, VitdistError
 
 THUMBNAIL = 160  # pixels of the longer side

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vitdist.durable import whole_file
 from vitdist.errors import DataError
 
 UNKNOWN = -1
@@ -81,15 +81,8 @@ class PredictionTable:
     def save(self, path: Path) -> None:
         """Write the table so that the final name only ever holds a whole file."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        stage = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with stage.open("wb") as file:
-                np.savez_compressed(file, **{field.name: getattr(self, field.name) for field in fields(self)})
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(stage, path)
-        finally:
-            stage.unlink(missing_ok=True)
+        with whole_file(path) as file:
+            np.savez_compressed(file, **{field.name: getattr(self, field.name) for field in fields(self)})
 
     @staticmethod
     def load(path: Path) -> PredictionTable:

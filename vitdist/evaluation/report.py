@@ -7,7 +7,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import jinja2
 
+from vitdist.durable import write_whole
 from vitdist.errors import ResourceError
 from vitdist.evaluation import confusions, sections
 from vitdist.evaluation.pictures import Pictures
@@ -147,9 +147,7 @@ def _write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -
 
 
 def _write(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    draft.write_text(text, encoding="utf-8", errors="surrogateescape")
-    os.replace(draft, path)
+    write_whole(path, text.encode(errors="surrogateescape"))  # a file name may hold bytes that are no text
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

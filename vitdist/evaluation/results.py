@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from vitdist.durable import write_whole
 from vitdist.evaluation.evaluate import Evaluated
 from vitdist.evaluation.metrics import summary
 from vitdist.taxonomy import Taxonomy
@@ -23,10 +23,7 @@ def write(
     found = summary(
         result.table, tree, split=split, expected=expected, weights=weights, step=step, damaged=result.damages, **more
     )
-    path = folder / f"{split}.json"
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    write_whole(folder / f"{split}.json", json.dumps(found, indent=1) + "\n")
     return found
 
 

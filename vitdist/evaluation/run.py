@@ -14,7 +14,7 @@ from vitdist import logs
 from vitdist.checkpoint import state as files
 from vitdist.checkpoint.store import FOLDER, find_checkpoint, read_manifest
 from vitdist.data.index import DatasetIndex
-from vitdist.data.transforms import Preprocessing
+from vitdist.data.pixels.transforms import Preprocessing
 from vitdist.errors import CheckpointError, UsageError
 from vitdist.evaluation import results
 from vitdist.evaluation.evaluate import Evaluated, evaluate

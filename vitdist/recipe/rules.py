@@ -14,7 +14,7 @@ from vitdist.recipe.learning_rate import peak_lr
 from vitdist.recipe.schema import Recipe
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".npz", ".tar")
-SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss")  # as vitdist.data.connections has them
+SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss")  # as vitdist.data.storage.connections has them
 VIT_KEYS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from vitdist.durable import write_whole
 from vitdist.errors import LostError, OwnLoss, ResourceError, Stopped, VitdistError, lines
 
 EXIT_FILE = "exit.json"
@@ -30,10 +30,8 @@ class Exit:
     message: str = ""
 
     def write(self, run_dir: Path) -> None:
-        draft = run_dir / f"{EXIT_FILE}.draft"
         with contextlib.suppress(OSError):  # on a full disk the exit status itself still tells
-            draft.write_text(json.dumps(asdict(self)) + "\n")
-            os.replace(draft, run_dir / EXIT_FILE)
+            write_whole(run_dir / EXIT_FILE, json.dumps(asdict(self)) + "\n")
 
 
 def classify(error: BaseException) -> VitdistError:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vitdist.data.mixing import ToModelInput
+from vitdist.data.pixels.mixing import ToModelInput
 from vitdist.losses import hierarchical_loss
 from vitdist.models.classifier import Classifier
 from vitdist.recipe.schema import Recipe

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitdist.data.loader import EvaluationSource, Place, TrainSource
+from vitdist.data.loading.loader import EvaluationSource, Place, TrainSource
 from vitdist.data.plan import TrainPlan, evaluation_span
 from vitdist.data.views import View
 from vitdist.recipe.batch import BatchSplit

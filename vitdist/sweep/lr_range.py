@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vitdist.durable import write_whole
 from vitdist.errors import ResourceError, Stopped, UsageError
 from vitdist.evaluation.plots import Series, line_chart, smoothed
 from vitdist.recipe.load import load_recipe
@@ -29,7 +30,7 @@ from vitdist.runtime.watch import Watch
 from vitdist.schedules import Schedule
 from vitdist.training.build import build_job
 from vitdist.training.datasets import open_datasets
-from vitdist.training.folder import Start, write_text
+from vitdist.training.folder import Start
 from vitdist.training.job import Job
 from vitdist.training.loop import loader_of
 from vitdist.training.step import Stepper
@@ -95,8 +96,8 @@ def lr_range(file: Path, overrides: Sequence[str], folder: Path, wish: Wish) -> 
     rates = [Rising(wish).lr(step) for step in range(len(losses))]
     found = judge(rates, losses)
     text = _words(recipe, found)
-    write_text(folder / "lr_range.csv", _table(found))
-    write_text(folder / "lr_range.html", _page(recipe, found, text))
+    write_whole(folder / "lr_range.csv", _table(found))
+    write_whole(folder / "lr_range.html", _page(recipe, found, text))
     return f"{text}\n{folder / 'lr_range.csv'}\n{folder / 'lr_range.html'}"
 
 

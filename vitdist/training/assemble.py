@@ -8,12 +8,12 @@ import numpy as np
 import timm
 import torch
 
-from vitdist.data.batch import Batch
 from vitdist.data.index import Split
-from vitdist.data.loader import EvaluationSource, Load, Mix, TrainSource, Unseeded, batches
-from vitdist.data.mixing import Mixing
+from vitdist.data.loading.batch import Batch
+from vitdist.data.loading.loader import EvaluationSource, Load, Mix, TrainSource, Unseeded, batches
+from vitdist.data.pixels.mixing import Mixing
+from vitdist.data.pixels.transforms import Augment, EvalTransform, Preprocessing, TrainTransform
 from vitdist.data.plan import TrainPlan, evaluation_span, make_plan
-from vitdist.data.transforms import Augment, EvalTransform, Preprocessing, TrainTransform
 from vitdist.models.backbone import ViTShape, build_backbone, freeze
 from vitdist.models.classifier import Classifier
 from vitdist.models.heads import build_head

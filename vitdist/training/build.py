@@ -12,6 +12,7 @@ from vitdist.checkpoint.host import HostMemory
 from vitdist.checkpoint.saver import Saver, free_bytes, no_room
 from vitdist.checkpoint.state import num_bytes
 from vitdist.checkpoint.store import Store
+from vitdist.durable import write_whole
 from vitdist.errors import ResourceError
 from vitdist.metrics_log import MetricsLog, read_metrics
 from vitdist.progress import Progress
@@ -228,10 +229,12 @@ def _open_journal(job: Job) -> Journal:
 def introduce(job: Job, start: Start) -> None:
     """Write down what runs here, and name the run in the log. Rank 0 only."""
     record = job.model.backbone.record
+    splits = job.run_dir / "splits"
+    splits.mkdir(exist_ok=True)
     for selection in (job.datasets.train, job.datasets.val):
         if selection is not None:
             text = json.dumps(selection.describe(), indent=1) + "\n"
-            folder.write_text(job.run_dir / "splits" / f"{selection.name}.json", text)
+            write_whole(splits / f"{selection.name}.json", text)
     known = folder.read_environment(job.run_dir)
     folder.write_environment(
         job.run_dir,
@@ -254,4 +257,4 @@ def introduce(job: Job, start: Start) -> None:
     if record is not None:
         log.info("%s", record)
     if job.joined.config is not None:
-        folder.write_text(job.run_dir / "deepspeed.json", json.dumps(job.joined.config, indent=1) + "\n")
+        write_whole(job.run_dir / "deepspeed.json", json.dumps(job.joined.config, indent=1) + "\n")

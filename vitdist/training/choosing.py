@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from vitdist.data.batch import Batch
+from vitdist.data.loading.batch import Batch
 from vitdist.evaluation.evaluate import Evaluated, evaluate
 from vitdist.training.assemble import direction_of, evaluation_batches, level_weights_of
 from vitdist.training.datasets import Selection

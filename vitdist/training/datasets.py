@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from vitdist import taxonomy
-from vitdist.data.cache import ShardCache
 from vitdist.data.index import DatasetIndex, Split
-from vitdist.data.remote_set import open_set
+from vitdist.data.storage.cache import ShardCache
+from vitdist.data.storage.remote_set import open_set
 from vitdist.data.views import View, everything, validation_split
 from vitdist.errors import DataError
 from vitdist.recipe.schema import Recipe

@@ -16,6 +16,7 @@ from typing import Any
 
 from vitdist.checkpoint.manifest import read_manifest
 from vitdist.checkpoint.store import Store, find_checkpoint
+from vitdist.durable import write_whole
 from vitdist.errors import CheckpointError, UsageError, VitdistError
 from vitdist.recipe.changes import frozen_differences
 from vitdist.recipe.load import load_recipe
@@ -58,7 +59,7 @@ def take(recipe: Recipe, lock: RunLock, *, resume: str, data_hash: str) -> Start
             notes += store.rewind(read_manifest(checkpoint)["step"])
         for leftover in (EXIT_FILE, STOP_FILE):
             (run_dir / leftover).unlink(missing_ok=True)
-        write_text(run_dir / RECIPE, recipe.to_yaml())
+        write_whole(run_dir / RECIPE, recipe.to_yaml())
         return Start(None if checkpoint is None else str(checkpoint), num_starts(run_dir) + 1, notes)
     except BaseException:
         lock.release()
@@ -135,7 +136,7 @@ def write_environment(run_dir: Path, start: Start, **more: Any) -> None:
         }
     )
     record = {"versions": versions(), "commit": commit(), "hardware": hardware(), **more, "starts": starts}
-    write_text(run_dir / ENVIRONMENT, json.dumps(record, indent=1) + "\n")
+    write_whole(run_dir / ENVIRONMENT, json.dumps(record, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -181,11 +182,3 @@ def _cpu_name() -> str:
         return platform.processor()
     names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole: readers see the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

@@ -18,9 +18,9 @@ from vitdist.checkpoint.host import HostMemory
 from vitdist.checkpoint.manifest import read_manifest
 from vitdist.checkpoint.saver import Saver
 from vitdist.checkpoint.store import Retention, Store
+from vitdist.data.pixels.transforms import Preprocessing
 from vitdist.data.plan import TrainPlan
-from vitdist.data.shards import Damage
-from vitdist.data.transforms import Preprocessing
+from vitdist.data.storage.shards import Damage
 from vitdist.errors import CheckpointError, VitdistError
 from vitdist.models.classifier import Classifier
 from vitdist.recipe.batch import BatchSplit

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
-from vitdist.data.batch import Batch
+from vitdist.data.loading.batch import Batch
+from vitdist.durable import write_whole
 from vitdist.errors import Stopped
 from vitdist.metrics_log import MetricsLog
 from vitdist.progress import Progress
@@ -115,6 +116,4 @@ def cut_samples(run_dir: Path, step: int) -> None:
 def _cut(path: Path, step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    draft = path.with_suffix(".draft")
-    draft.write_text("".join(kept), encoding="utf-8")
-    draft.replace(path)
+    write_whole(path, "".join(kept))

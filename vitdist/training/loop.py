@@ -8,7 +8,7 @@ from enum import Enum
 
 from torch.utils.data import DataLoader
 
-from vitdist.data.batch import Batch
+from vitdist.data.loading.batch import Batch
 from vitdist.errors import DataError, NonFiniteError
 from vitdist.runtime.agree import FailedElsewhere
 from vitdist.runtime.stop import Reason

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from vitdist import optim
-from vitdist.data.batch import Batch
-from vitdist.data.mixing import MixTensors, ToModelInput
+from vitdist.data.loading.batch import Batch
+from vitdist.data.pixels.mixing import MixTensors, ToModelInput
 from vitdist.errors import ResourceError
 from vitdist.recipe.batch import BatchSplit, micro_batch_sizes
 from vitdist.runtime import rng

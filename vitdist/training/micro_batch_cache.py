@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from vitdist.durable import write_whole
 from vitdist.training.job import Job
 
 MAX_ENTRIES = 200
@@ -67,11 +68,9 @@ def write(key: dict[str, Any], size: int) -> None:
         return
     wanted = json.loads(json.dumps(key))
     kept = [entry for entry in _entries() if entry["for"] != wanted][1 - MAX_ENTRIES :]
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
     with contextlib.suppress(OSError):  # a full or read-only home costs a search, not a run
         file.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps([*kept, {"for": wanted, "size": size}], indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, file)
+        write_whole(file, json.dumps([*kept, {"for": wanted, "size": size}], indent=1) + "\n")
 
 
 def _entries() -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from vitdist.data.shards import DamagedSample, ShardReader
+from vitdist.data.storage.shards import DamagedSample, ShardReader
 from vitdist.training.job import Job
 
 NONFINITE = "nonfinite.jsonl"

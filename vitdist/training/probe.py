@@ -14,8 +14,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from vitdist.data.mixing import ToModelInput
-from vitdist.data.transforms import Preprocessing
+from vitdist.data.pixels.mixing import ToModelInput
+from vitdist.data.pixels.transforms import Preprocessing
 from vitdist.models.classifier import Classifier
 from vitdist.recipe.schema import Recipe
 from vitdist.runtime.agree import on_main

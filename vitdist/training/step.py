@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from vitdist import optim
-from vitdist.data.batch import Batch
-from vitdist.data.mixing import ToModelInput
-from vitdist.data.shards import Damage
+from vitdist.data.loading.batch import Batch
+from vitdist.data.pixels.mixing import ToModelInput
+from vitdist.data.storage.shards import Damage
 from vitdist.errors import DataError, VitdistError
 from vitdist.losses import hierarchical_loss
 from vitdist.runtime.engine import PendingSum

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitdist.data.mixing import Mixing, mix_plan
+from vitdist.data.pixels.mixing import Mixing, mix_plan
 from vitdist.data.plan import TrainPlan
 from vitdist.losses import denominators_of
 from vitdist.recipe.schema import Recipe

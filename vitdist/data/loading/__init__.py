@@ -1,0 +1,1 @@
+"""The plan -> micro-batches, by worker processes."""

@@ -1,0 +1,1 @@
+"""Sources or foreign shards -> a packed folder with an index, and its verification."""

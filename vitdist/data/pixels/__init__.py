@@ -1,0 +1,1 @@
+"""Bytes of a picture -> uint8 pixels for the model."""

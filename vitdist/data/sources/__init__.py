@@ -1,0 +1,1 @@
+"""What photographs there are: CUB, folders, tables, the drawn demo set."""

@@ -1,0 +1,1 @@
+"""Bytes of shards, wherever they lie: tar headers, local files, web servers, a node's cache."""
