@@ -25,7 +25,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
-    """Write a small file: readers see the old one or the new one, text as UTF-8."""
+    """Write a small file, its folder too where there is none; readers see the old one or the new one. Text as UTF-8."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 

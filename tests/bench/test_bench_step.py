@@ -19,7 +19,7 @@ from vitdist.bench import step as bench
 def wishes(tmp_path_factory: pytest.TempPathFactory) -> Sequence[str]:
     data = tmp_path_factory.mktemp("bench") / "set"
     tiny_packed(data, num_classes=6, train_per_class=8, test_per_class=1)
-    return (f"data.path={data}", "data.image_size=32", "train.global_batch_size=16", "train.micro_batch_size=8")
+    return (f"data.path={data}", "data.image_size=32", "train.global_batch_size=8", "train.micro_batch_size=4")
 
 
 def test_vitdist_and_the_bare_loop_take_the_same_steps(

@@ -229,12 +229,10 @@ def _open_journal(job: Job) -> Journal:
 def introduce(job: Job, start: Start) -> None:
     """Write down what runs here, and name the run in the log. Rank 0 only."""
     record = job.model.backbone.record
-    splits = job.run_dir / "splits"
-    splits.mkdir(exist_ok=True)
     for selection in (job.datasets.train, job.datasets.val):
         if selection is not None:
             text = json.dumps(selection.describe(), indent=1) + "\n"
-            write_whole(splits / f"{selection.name}.json", text)
+            write_whole(job.run_dir / "splits" / f"{selection.name}.json", text)
     known = folder.read_environment(job.run_dir)
     folder.write_environment(
         job.run_dir,

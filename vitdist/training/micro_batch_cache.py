@@ -69,7 +69,6 @@ def write(key: dict[str, Any], size: int) -> None:
     wanted = json.loads(json.dumps(key))
     kept = [entry for entry in _entries() if entry["for"] != wanted][1 - MAX_ENTRIES :]
     with contextlib.suppress(OSError):  # a full or read-only home costs a search, not a run
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps([*kept, {"for": wanted, "size": size}], indent=1) + "\n")
 
 

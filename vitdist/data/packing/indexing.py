@@ -114,7 +114,6 @@ def write_index(root: Path, index: bytes, splits: Sequence[Indexed]) -> DatasetI
     """
     (root / INDEX_NAME).unlink(missing_ok=True)
     for split, rows in splits:
-        (root / split.table.path).parent.mkdir(parents=True, exist_ok=True)
         write_whole(root / split.table.path, rows.tobytes())
     write_whole(root / INDEX_NAME, index)
     return load_index(root)
