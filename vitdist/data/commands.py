@@ -188,8 +188,7 @@ def run_verify(options: argparse.Namespace) -> int:
     if problems:
         return DataError.exit_code
     splits = load_index(options.path).splits.values()
-    num_shards = sum(len(split.shards) for split in splits)
-    print(f"{sum(split.num_samples for split in splits)} samples in {num_shards} shards verified")
+    print(_size(sum(split.num_samples for split in splits), sum(len(split.shards) for split in splits)), "verified")
     return 0
 
 
@@ -220,7 +219,7 @@ def report_packed(index: DatasetIndex, before: str | None, notes: Sequence[str] 
     for split in index.splits.values():
         size = sum(shard.bytes for shard in split.shards)
         groups = f", {split.num_groups} groups" if split.num_groups else ""
-        samples = f"{split.num_samples} samples in {len(split.shards)} shards"
+        samples = _size(split.num_samples, len(split.shards))
         print(f"  {split.name:<8} {samples}, {size / 1e6:.1f} MB{groups}")
     for note in notes:
         print(f"  note     {note}")
@@ -228,6 +227,10 @@ def report_packed(index: DatasetIndex, before: str | None, notes: Sequence[str] 
         print(f"  skipped  {num_skipped}, listed in {index.root / 'skipped.json'}")
     print(f"  index    sha256 {index.hash}")
     print(f"next: vitdist data verify {index.root}; then train with data.path={index.root}")
+
+
+def _size(num_samples: int, num_shards: int) -> str:
+    return f"{num_samples} samples in {num_shards} shard{'s' * (num_shards != 1)}"
 
 
 def hash_at(out: Path) -> str | None:
