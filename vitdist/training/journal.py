@@ -46,17 +46,15 @@ class Journal:
 
     def step(self, line: dict[str, Any]) -> None:
         """A training line."""
-        if self._metrics is None:
-            return
-        self._metrics.write(line)
-        if self._wandb is not None:
-            self._wandb.log(line, line["step"])
-        if self._progress is not None:
-            self._progress.update(line)
+        self._write(line)
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        """An evaluation line."""
-        if self._metrics is None or line["step"] in self._evaluated:
+        """An evaluation line; one that stands already, as a resumed run may make it again, is left."""
+        if line["step"] not in self._evaluated:
+            self._write(line)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._metrics is None:
             return
         self._metrics.write(line)
         if self._wandb is not None:
