@@ -141,10 +141,15 @@ class Store:
         found = ((NAME.fullmatch(path.name), path) for path in self.folder.iterdir() if not path.is_symlink())
         return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
 
-    def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that verifies, and a line for each newer one passed over. Deletes nothing."""
+    def newest(self, *, before: int | None = None) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that verifies, and a line for each newer one passed over. Deletes nothing.
+
+        `before`: only those of earlier steps are looked at.
+        """
         notes: list[str] = []
         for step, path in reversed(self.published()):
+            if before is not None and step >= before:
+                continue
             problems = verify(path, step=step)
             if not problems:
                 return path, notes

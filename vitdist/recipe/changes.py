@@ -11,6 +11,7 @@ MAY_CHANGE = (
     "out",  # where the run was found
     "train.max_time",
     "train.micro_batch_size",
+    "train.max_rollbacks",  # what a run that ended with 5 may be given
     "data.path",  # with the same index hash
     "data.num_workers",
     "data.cache_dir",

@@ -37,6 +37,10 @@ class Train(Section):
     channels_last: bool = key("channels innermost in memory, which convolutions mostly like and ViTs ignore", False)
     grad_checkpointing: bool = key("recompute blocks in backward: less memory, a third more time", False)
     max_nonfinite_steps: int = key("steps in a row whose loss may be no number before the run stops", 5, ge=0, le=1000)
+    max_rollbacks: int = key(
+        "instead of stopping, go on from the last good checkpoint past the batches since, this often; 0 is off",
+        0, ge=0, le=1000,
+    )  # fmt: skip
 
 
 class EarlyStopping(Section):

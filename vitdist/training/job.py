@@ -102,14 +102,18 @@ class Job:
         snapshot = self._snapshot()
         if snapshot is None or self.saver is None:
             return
-        wish = self.recipe.checkpoint
         self.saver.save(
             snapshot,
             is_best=self.state.best_step == self.state.step,
-            retention=Retention(wish.keep_last, 1 if wish.keep_best else 0),
+            retention=self.retention,
             values={int(step): value for step, value in self.state.values.items()},
             stall=time.perf_counter() - began,
         )
+
+    @property
+    def retention(self) -> Retention:
+        wish = self.recipe.checkpoint
+        return Retention(wish.keep_last, 1 if wish.keep_best else 0)
 
     def saved(self) -> None:
         """Wait until what was handed to `save` is on disk. Collective: its failure is every rank's."""

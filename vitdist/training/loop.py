@@ -17,6 +17,7 @@ from vitdist.training.assemble import train_batches
 from vitdist.training.choosing import evaluate_and_choose
 from vitdist.training.job import Job
 from vitdist.training.nonfinite import NONFINITE, write_down
+from vitdist.training.rollback import BlownUp
 from vitdist.training.starved import Starved, shrink
 from vitdist.training.step import Pending, Report, Stepper
 
@@ -151,11 +152,15 @@ def _skipped(job: Job, report: Report) -> None:
     log.warning("step %d: the gradient is not finite (from rank %s); its update is skipped", report.step, ranks)
     if job.engine.is_main:
         write_down(job, report.step, report.spoiled_by)
-    if report.num_nonfinite_in_row > job.recipe.train.max_nonfinite_steps:
-        raise NonFiniteError(
-            f"{report.num_nonfinite_in_row} steps in a row up to step {report.step} had gradients that are not finite "
-            f"(from rank {ranks}); {job.run_dir / NONFINITE} lists their samples; lower optimizer.lr, or look at them"
-        )
+    if report.num_nonfinite_in_row <= job.recipe.train.max_nonfinite_steps:
+        return
+    num_rollbacks, allowed = len(job.state.rollbacks), job.recipe.train.max_rollbacks
+    text = (
+        f"{report.num_nonfinite_in_row} steps in a row up to step {report.step} had gradients that are not finite "
+        f"(from rank {ranks}, after {num_rollbacks} of {allowed} rollbacks); {job.run_dir / NONFINITE} lists their "
+        "samples; look at them, lower optimizer.lr, or raise train.max_rollbacks"
+    )
+    raise BlownUp(text, report) if num_rollbacks < allowed else NonFiniteError(text)
 
 
 def _raise_failures(job: Job, pending: Pending, report: Report) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from vitdist.training.finish import finish
 from vitdist.training.folder import Start
 from vitdist.training.job import Job
 from vitdist.training.loop import End, train
+from vitdist.training.rollback import BlownUp, roll_back
 
 log = logging.getLogger(__name__)
 
@@ -107,20 +109,37 @@ class _Run:
         check_alike(self.engine, datasets.index)
         self.start = self._take_folder(datasets)
         faults.attempt = self.start.attempt
-        self.job = job = build_job(
-            self.recipe, self.engine, datasets, self.start,
-            stop=self.stop, faults=faults, lock=self.lock, watch=self.watch,
-            debug=self.options.debug, allow_inexact=self.options.allow_inexact,
-        )  # fmt: skip
+        self.job = self._build(datasets, faults, self.start)
         if self.engine.is_main:
-            introduce(job, self.start)
-        end, reason = train(job)
+            introduce(self.job, self.start)
+        end, reason = self._train(datasets, faults, self.start)
+        job = self.job
+        assert job is not None
         if end is End.STOPPED:
             log.info("stopped on request (%s) at step %d; start again to go on", reason.name.lower(), job.state.step)
             return self._exit(Stopped.exit_code, reason.name.lower(), reason)
         self.watch.at("end", job.state.step)
         finish(job)
         return self._exit(0, "done")
+
+    def _build(self, datasets: Datasets, faults: Faults, start: Start) -> Job:
+        return build_job(
+            self.recipe, self.engine, datasets, start,
+            stop=self.stop, faults=faults, lock=self.lock, watch=self.watch,
+            debug=self.options.debug, allow_inexact=self.options.allow_inexact,
+        )  # fmt: skip
+
+    def _train(self, datasets: Datasets, faults: Faults, start: Start) -> tuple[End, Reason]:
+        """To the end or a stop, over as many rollbacks as the recipe allows: each is a resume within the process."""
+        while True:
+            assert self.job is not None
+            try:
+                return train(self.job)
+            except BlownUp as error:
+                start = replace(start, checkpoint=roll_back(self.job, error))
+            self.job = None
+            gc.collect()  # the old model goes before the new one comes
+            self.job = self._build(datasets, faults, start)
 
     def _take_folder(self, datasets: Datasets) -> Start:
         """Collective: rank 0 takes the lock and decides; all hear where the run starts."""

@@ -27,6 +27,9 @@ class TrainState:
     stopping_count: int = 0  # evaluations without improvement
     num_nonfinite: int = 0  # updates skipped because of a number that was none
     num_nonfinite_in_row: int = 0
+    rollbacks: list[list[int]] = field(
+        default_factory=list
+    )  # [from, to]: the steps after `from` up to `to` were undone
     damaged: dict[str, int] = field(default_factory=dict)  # samples replaced, by kind and shard
     num_threads: int = 1  # changes bits, so it is kept
     damaged_in_epoch: int = 0  # of all ranks, in the epoch of `step`: what data.max_bad_samples is held against
@@ -47,7 +50,12 @@ class TrainState:
         """Read and check what `to_json` wrote; CheckpointError when it is something else."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise CheckpointError(f"state.json is not of format {FORMAT}")
-        values = {"damaged_in_epoch": 0, "micro_batch_size": None, **data}  # earlier versions did not keep them
+        values = {
+            "damaged_in_epoch": 0,
+            "micro_batch_size": None,
+            "rollbacks": [],
+            **data,
+        }  # earlier versions did not keep them
         del values["format"]
         expected = {f.name for f in fields(TrainState)}
         if set(values) != expected:
@@ -73,6 +81,11 @@ class TrainState:
         steps_fit = all(key.isascii() and key.isdigit() and len(key) <= 12 for key in self.values)
         if not steps_fit or not all(isinstance(value, _NUMBER) for value in self.values.values()):
             raise CheckpointError("state.json: values are not numbers by step")
+        if not all(
+            isinstance(pair, list) and len(pair) == 2 and all(type(step) is int for step in pair)
+            for pair in self.rollbacks
+        ):
+            raise CheckpointError("state.json: rollbacks are not pairs of steps")
         counts = (self.damaged_in_epoch, *self.damaged.values())
         if not all(type(count) is int and count >= 0 for count in counts):
             raise CheckpointError("state.json: damaged samples are not counted in whole numbers")
