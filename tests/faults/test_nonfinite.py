@@ -159,3 +159,9 @@ def test_rollbacks_are_limited(rolling: Path, tmp_path: Path) -> None:
     output = rolled(rolling, tmp_path, "run", "train.max_rollbacks=2", fault=again)
     assert "resumed from step 9 " in output, "with one bad step behind it: not a good one to go back to"
     assert "rollback 2 of 2: the weights are those of step 6 again, the batches up to step 10" in output
+
+
+def test_without_a_checkpoint_from_before_there_is_no_rollback(rolling: Path, tmp_path: Path) -> None:
+    codes, output = launching.run(1, ["train", str(rolling), "out=run"], tmp_path, env=nan(0, 2, 3))
+    assert codes == [5], output
+    assert "vitdist: no checkpoint from before is there to go back to: 2 steps in a row up to step 3" in output
