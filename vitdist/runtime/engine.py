@@ -119,8 +119,8 @@ class Engine:
         prepared: nn.Module = self._accelerator.prepare_model(model.to(self.device))
         return prepared
 
-    def forget_models(self) -> None:
-        """Let go of models that were replicated: another is about to take their place."""
+    def forget(self) -> None:
+        """Let go of what was replicated."""
         self._accelerator.free_memory()
 
     def warm_up(self, model: nn.Module, image_size: int) -> None:

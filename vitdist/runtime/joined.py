@@ -124,6 +124,10 @@ class Joined:
     def release(self) -> None:
         """Let go of weights that were collected for a forward."""
 
+    def leave(self) -> None:
+        """Another model is about to take this one's place: let its memory go with the last reference to it."""
+        self.engine.forget()
+
     def holdings(self) -> str | None:
         """One line on what this rank holds of the whole, measured; None where it holds all."""
         return None

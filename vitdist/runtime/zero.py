@@ -224,6 +224,10 @@ class Sharded(Joined):
         for name, tensor in self.divided(whole).items():
             mine[name].copy_(tensor)
 
+    def leave(self) -> None:
+        """DeepSpeed's hooks would keep the model for ever; at stage 3 it keeps this rank's part even so (0.19.8)."""
+        self._engine.destroy()
+
     def release(self) -> None:
         if self.forward_is_collective:
             self._zero._partition_all_parameters()

@@ -42,6 +42,7 @@ def roll_back(job: Job, blown: BlownUp) -> str:
     job.engine.barrier()  # the report of the step after is under way: its sum is done when this one is
     job.saved()
     job.journal.close(Stopped.exit_code)
+    job.joined.leave()
     job.engine.barrier()  # the lists of samples are closed before they are cut
     job.at("rollback", blown.report.step)
     folder: str = on_main(job.engine, lambda: str(_publish(job, blown)))

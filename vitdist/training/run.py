@@ -138,7 +138,6 @@ class _Run:
             except BlownUp as error:
                 start = replace(start, checkpoint=roll_back(self.job, error))
             self.job = None
-            self.engine.forget_models()
             gc.collect()  # the old model goes before the new one comes
             self.job = self._build(datasets, faults, start)
 
