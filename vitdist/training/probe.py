@@ -7,11 +7,10 @@ separates the classes does not (Kumar et al., "Fine-Tuning can Distort Pretraine
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from vitdist.data.pixels.mixing import ToModelInput
@@ -86,6 +85,9 @@ def _features(
 
 def _fit(model: Classifier, level: int, features: np.ndarray, targets: np.ndarray) -> float:
     """Put a logistic regression's solution into one classifier; returns the share of training samples it gets right."""
+    from sklearn.linear_model import LogisticRegression  # most of a second to import, and most runs need no probe
+    from sklearn.preprocessing import StandardScaler
+
     known = targets >= 0
     classes = np.unique(targets[known])
     if len(classes) < 2:
@@ -106,7 +108,7 @@ def _fit(model: Classifier, level: int, features: np.ndarray, targets: np.ndarra
     return float(fitted.score(scaler.transform(features[known]), targets[known]))
 
 
-def _as_softmax(fitted: LogisticRegression) -> tuple[np.ndarray, np.ndarray]:
+def _as_softmax(fitted: Any) -> tuple[np.ndarray, np.ndarray]:
     """(weights [C, D], bias [C]); two classes are fitted as one row, split here between them."""
     weights, bias = fitted.coef_, fitted.intercept_
     if len(weights) == 1:
