@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def test_secrets_of_the_environment_are_written_nowhere(tiny_recipe: Recipes, tm
 
 @pytest.mark.slow
 def test_300_epochs_take_no_more_memory_than_10(tiny_recipe: Recipes, tmp_path: Path) -> None:
-    """Resident memory and open files of the rank itself, read from outside at the ends of epochs 10 and 300."""
+    """Resident memory and open files of the rank itself, read from outside at epochs 10 and 300."""
     recipe = tiny_recipe(
         train={"max_duration": "310ep", "global_batch_size": 160}, evaluation={"every": "1ep"},
         checkpoint={"every": "10ep", "keep_last": 1}, ema={"decay": 0.9},
@@ -129,15 +130,16 @@ def test_300_epochs_take_no_more_memory_than_10(tiny_recipe: Recipes, tmp_path: 
     pid = job.ranks[0].pid
 
     def measured(epoch: int) -> tuple[int, int]:
-        wait_for(
-            lambda: last_step(tmp_path / "run") >= 2 * epoch or not job.ranks[0].process.is_alive(),
-            f"epoch {epoch}",
-            1500,
-        )
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        return pages, len(os.listdir(f"/proc/{pid}/fd"))
+        """The least of four epochs: an evaluation's workers and a save in the background come and go."""
+        samples = []
+        while (step := last_step(tmp_path / "run")) < 2 * (epoch + 4) and job.ranks[0].process.is_alive():
+            if step >= 2 * epoch:
+                pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+                samples.append((pages, len(os.listdir(f"/proc/{pid}/fd"))))
+            time.sleep(0.02)
+        return min(pages for pages, _ in samples), min(files for _, files in samples)
 
     early, late = measured(10), measured(300)
     job.wait(300)
     assert late[0] <= early[0] * 1.03, (early, late)
-    assert late[1] <= early[1] + 4, (early, late)
+    assert late[1] <= early[1], (early, late)
