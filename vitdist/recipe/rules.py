@@ -114,16 +114,23 @@ def levels(recipe: Recipe) -> Iterator[Conflict]:
     named = set(chosen or ()) & set(weights or ()) == set(chosen or ())
     if weights and chosen and named and not any(weights[level] for level in chosen):
         yield Conflict(("loss.level_weights",), "all weights are 0, so nothing is learned; give one level a weight")
-    monitors = {"checkpoint.monitor": recipe.checkpoint.monitor}
-    if recipe.early_stopping.patience is not None:
-        monitors["early_stopping.monitor"] = recipe.early_stopping.monitor
-    if recipe.lr_scheduler.name == "plateau":
-        monitors["lr_scheduler.monitor"] = recipe.lr_scheduler.monitor
-    for key, monitor in monitors.items():
-        level = (monitor or "").removeprefix("val/accuracy").removeprefix("/")
-        if chosen is not None and level not in ("", "val/loss", *chosen):
-            text = f"{monitor} is of a level that is not in model.levels ({', '.join(chosen)}); use one of them"
+    for key, level in monitored_levels(recipe).items():
+        if chosen is not None and level not in chosen:
+            text = (
+                f"val/accuracy/{level} is of a level that is not in model.levels ({', '.join(chosen)}); use one of them"
+            )
             yield Conflict((key, "model.levels"), text)
+
+
+def monitored_levels(recipe: Recipe) -> dict[str, str]:
+    """Key -> the level whose accuracy it watches by name; not those that watch the loss or the finest level."""
+    monitors = {
+        "checkpoint.monitor": recipe.checkpoint.monitor or "",
+        "early_stopping.monitor": recipe.early_stopping.monitor,
+        "lr_scheduler.monitor": recipe.lr_scheduler.monitor,
+    }
+    prefix = "val/accuracy/"
+    return {key: text.removeprefix(prefix) for key, text in monitors.items() if text.startswith(prefix)}
 
 
 def batches(recipe: Recipe) -> Iterator[Conflict]:

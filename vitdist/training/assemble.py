@@ -14,6 +14,7 @@ from vitdist.data.loading.loader import EvaluationSource, Load, Mix, TrainSource
 from vitdist.data.pixels.mixing import Mixing
 from vitdist.data.pixels.transforms import Augment, EvalTransform, Preprocessing, TrainTransform
 from vitdist.data.plan import TrainPlan, evaluation_span, make_plan
+from vitdist.errors import RecipeError
 from vitdist.models.backbone import ViTShape, build_backbone, freeze
 from vitdist.models.classifier import Classifier
 from vitdist.models.heads import build_head
@@ -21,6 +22,7 @@ from vitdist.models.weights import load_weights
 from vitdist.optim import build_optimizer, param_groups
 from vitdist.recipe.batch import BatchSplit
 from vitdist.recipe.learning_rate import peak_lr
+from vitdist.recipe.rules import monitored_levels
 from vitdist.recipe.schema import Recipe
 from vitdist.runtime.stop import ignore_signals
 from vitdist.schedules import Schedule, build_schedule
@@ -119,6 +121,16 @@ def build_schedule_of(recipe: Recipe, steps_per_epoch: int, max_steps: int) -> S
 def direction_of(monitor: str) -> str:
     """Whether lower ('min') or higher ('max') is better."""
     return "min" if monitor == "val/loss" else "max"
+
+
+def check_monitors(recipe: Recipe, tree: Taxonomy) -> None:
+    """RecipeError before the first step, where the first evaluation would find no accuracy of a monitored level."""
+    wrong = {key: level for key, level in monitored_levels(recipe).items() if level not in tree.levels}
+    if wrong:
+        known = ", ".join(tree.levels)
+        raise RecipeError(
+            [f"{key}: the class tree has no level {level!r}; use one of {known}" for key, level in wrong.items()]
+        )
 
 
 def build_plan(recipe: Recipe, datasets: Datasets) -> TrainPlan:

@@ -62,6 +62,7 @@ def build_job(
 ) -> Job:
     """All parts of a training, ready to step. Collective; `lock` is held on rank 0."""
     checkpoint = None if start.checkpoint is None else Path(start.checkpoint)
+    assemble.check_monitors(recipe, datasets.tree)
     plan = assemble.build_plan(recipe, datasets)
     max_steps = recipe.train.max_duration.steps(plan.steps_per_epoch)
     rng.seed_everything(recipe.seed, 0)  # the same first weights on every rank
