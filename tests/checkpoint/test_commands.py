@@ -10,7 +10,7 @@ import pytest
 from tests import launching
 from tests.checkpoint.damage import DAMAGES
 from tests.conftest import Recipes
-from vitdist.checkpoint.store import Store
+from vitdist.checkpoint.store import Store, verify
 from vitdist.cli import main
 
 
@@ -54,4 +54,18 @@ def test_damage_is_named_and_is_exit_3(run: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("command", ["list", "verify"])
 def test_a_folder_without_checkpoints(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", command, str(tmp_path)]) == 3
-    assert capsys.readouterr().err.startswith("vitdist: ")
+    said = capsys.readouterr().err
+    assert said.startswith("vitdist: ") and said.count("\n") == 1 and "damaged" not in said
+
+
+def test_what_the_umask_lets_others_read_they_can_read(run: Path) -> None:
+    (newest, _) = Store(run).newest()
+    assert newest is not None
+    assert len({file.stat().st_mode for file in newest.iterdir()}) == 1
+
+
+def test_a_report_is_not_written_into_a_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (newest, _) = Store(run).newest()
+    assert newest is not None and main(["report", str(newest)]) == 2
+    assert "give the folder of its run" in capsys.readouterr().err
+    assert verify(newest) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitdist.checkpoint.manifest import MANIFEST, read_manifest, seal, verify
-from vitdist.checkpoint.store import FOLDER, Store, find_checkpoint
+from vitdist.checkpoint.store import FOLDER, Store, find_checkpoint, neither
 from vitdist.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -55,7 +55,9 @@ def list_checkpoints(args: argparse.Namespace) -> int:
 
 def verify_checkpoints(args: argparse.Namespace) -> int:
     """Every problem, one a line."""
-    if (args.path / MANIFEST).exists() or not (args.path / FOLDER).is_dir():
+    if not (args.path / MANIFEST).exists() and not (args.path / FOLDER).is_dir():
+        raise neither(args.path)
+    if (args.path / MANIFEST).exists():
         found: list[tuple[int | None, Path]] = [(None, args.path)]
     else:
         found = [(step, path) for step, path in _published(Store(args.path), args.path)]

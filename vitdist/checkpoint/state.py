@@ -7,6 +7,7 @@ needs: the weights under training, the optimizer's tensors by parameter name, an
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,8 @@ class Snapshot:
         (folder / RECIPE).write_text(self.recipe, encoding="utf-8")
         (folder / TAXONOMY).write_text(_dump(self.taxonomy))
         (folder / PREPROCESSING).write_text(_dump(self.preprocessing))
+        for name in (MODEL, TRAINING):  # safetensors makes its files for their owner alone, whatever the umask says
+            shutil.copymode(folder / RECIPE, folder / name)
         return {"weights": self.weights}
 
     def _check_finite(self) -> None:

@@ -225,7 +225,7 @@ def find_checkpoint(path: Path, *, prefer: tuple[str, ...] = ("best", "last")) -
             raise CheckpointError(f"{path}: {problems[0]}; choose another checkpoint (vitdist checkpoint list)")
         return path
     if not (path / FOLDER).is_dir():
-        raise CheckpointError(f"{path} is neither a run nor a checkpoint: it has no {FOLDER}/ and no {MANIFEST}")
+        raise neither(path)
     store = Store(path)
     for name in prefer:
         target = store.pointed(name)
@@ -237,4 +237,9 @@ def find_checkpoint(path: Path, *, prefer: tuple[str, ...] = ("best", "last")) -
     return newest
 
 
-__all__ = ["FOLDER", "MANIFEST", "Retention", "Store", "find_checkpoint", "read_manifest", "verify"]
+def neither(path: Path) -> CheckpointError:
+    """What to say of a path that leads to no checkpoint."""
+    return CheckpointError(f"{path} is neither a run nor a checkpoint: it has no {FOLDER}/ and no {MANIFEST}")
+
+
+__all__ = ["FOLDER", "MANIFEST", "Retention", "Store", "find_checkpoint", "neither", "read_manifest", "verify"]

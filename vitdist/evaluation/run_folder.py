@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitdist.checkpoint.store import Store
+from vitdist.checkpoint.store import MANIFEST, Store
 from vitdist.errors import DataError, RecipeError, UsageError
 from vitdist.evaluation.predictions import PredictionTable
 from vitdist.metrics_log import read_metrics
@@ -62,6 +62,8 @@ class RunFolder:
 
 def read_run(path: Path) -> RunFolder:
     """Read a run folder; UsageError when it is none."""
+    if (path / MANIFEST).exists():  # a report written into it would be a file that its manifest does not vouch for
+        raise UsageError(f"{path} is a checkpoint; give the folder of its run")
     recipe_file = path / "recipe.yaml"
     if not recipe_file.is_file() and not (path / "metrics.jsonl").is_file():
         raise UsageError(f"{path} is no run folder: it has neither recipe.yaml nor metrics.jsonl")
