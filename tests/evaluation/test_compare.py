@@ -80,6 +80,18 @@ def test_text_is_aligned_and_markdown_is_a_table(runs: list[Path]) -> None:
     assert {line.count("|") for line in markdown} == {5} and markdown[1].startswith("| --- |")
 
 
+def test_other_class_trees_are_said(runs: list[Path], tmp_path: Path) -> None:
+    assert "class tree" not in _rows(runs)
+    index = tiny_packed(tmp_path / "set", num_classes=6, train_per_class=1, test_per_class=1)
+    trees = _rows([*runs[:2], make_run(tmp_path / "other", index)])["class tree"]
+    assert trees[0] == trees[1] and trees[0].startswith("1/4/20 (") and trees[2].startswith("1/2/6 (")
+
+
+def test_a_split_that_no_run_was_evaluated_on(runs: list[Path]) -> None:
+    with pytest.raises(UsageError, match="vitdist evaluate RUN --split val"):
+        compare(runs, "val")
+
+
 def test_one_run_is_not_enough(runs: list[Path]) -> None:
     with pytest.raises(UsageError, match="two runs or more"):
         compare(runs[:1])

@@ -10,6 +10,7 @@ from vitdist.errors import UsageError
 from vitdist.evaluation.run_folder import Evaluation, RunFolder, read_run
 from vitdist.evaluation.sections import coverage, percent
 from vitdist.progress import duration
+from vitdist.taxonomy import Taxonomy
 
 OWN_KEYS = ("name", "out")  # differ between any two runs
 
@@ -20,6 +21,8 @@ def compare(paths: Sequence[Path], split: str = "test") -> list[list[str]]:
         raise UsageError("vitdist compare needs two runs or more")
     runs = [read_run(path) for path in paths]
     evaluations = [next((e for e in run.evaluations if e.split == split), None) for run in runs]
+    if split != "test" and not any(evaluations):
+        raise UsageError(f"none of these runs has been evaluated on {split!r}: vitdist evaluate RUN --split {split}")
     rows = [["", *_names(runs)], [split, *(_coverage(evaluation) for evaluation in evaluations)]]
     rows += _accuracies(evaluations)
     rows += _conditions(runs)
@@ -99,13 +102,19 @@ def _severity(evaluation: Evaluation) -> str:
 
 def _conditions(runs: Sequence[RunFolder]) -> list[list[str]]:
     times = [training_seconds(run) for run in runs]
+    trees = ["–" if run.tree is None else f"{_sizes(run.tree)} ({run.tree.hash[:8]})" for run in runs]
     return [
+        ["class tree", *(trees if len({*trees} - {"–"}) > 1 else ["–"] * len(runs))],  # accuracies of other questions
         ["selected on test", *("yes" if run.recipe.get("evaluation.protocol") == "paper" else "–" for run in runs)],
         ["steps", *(f"{run.training_lines[-1]['step']:,}" if run.training_lines else "–" for run in runs)],
         ["time in steps", *("–" if seconds is None else duration(seconds) for seconds in times)],
         ["recipe", *("–" if run.recipe else "not readable by this vitdist" for run in runs)],
         ["end", *(str(run.end.get("reason", "–")) for run in runs)],
     ]
+
+
+def _sizes(tree: Taxonomy) -> str:
+    return "/".join(map(str, tree.num_classes))
 
 
 def _shown(run: RunFolder, key: str) -> str:
