@@ -137,6 +137,8 @@ def run_demo(options: argparse.Namespace) -> int:
     from vitdist.data.sources.cub import read_cub
     from vitdist.data.sources.demo import demo_taxonomy, draw_demo
 
+    if options.train_per_class < 1 or options.test_per_class < 0:
+        raise UsageError("--train-per-class must be at least 1, and --test-per-class not negative")
     out = Path(options.out)
     before = hash_at(out)
     with staged(out, overwrite=options.overwrite, owned=("source",)) as stage:

@@ -53,6 +53,8 @@ def run_table(options: argparse.Namespace) -> int:
         raise UsageError(
             "which columns hold the names? Say so with --levels, from coarse to fine: --levels family,species"
         )
+    if options.tries < 1 or not options.timeout > 0:
+        raise UsageError("--tries must be at least 1, and --timeout more than 0 seconds")
     rows = read_rows(source, Columns(options.image, levels, options.split, options.group))
     part, num_parts = options.part
     rows.good = rows.good[part - 1 :: num_parts]
@@ -65,7 +67,7 @@ def run_table(options: argparse.Namespace) -> int:
                 spool.discard()
     except OSError as error:
         where = f"{folder}: what is fetched cannot be kept ({error.strerror})"
-        raise ResourceError(f"{where}; free some space and start again, it goes on from here") from None
+        raise ResourceError(f"{where}; mend that and start again, it goes on from here") from None
     return 0
 
 
@@ -118,12 +120,13 @@ def _report_failures(options: argparse.Namespace, failures: Sequence[Failure]) -
         writer = csv.writer(file)
         writer.writerow(["line", "image", "reason"])
         writer.writerows((failure.line, failure.image, failure.reason) for failure in failures)
+    failed = f"{len(failures)} row{'s' * (len(failures) != 1)} failed, listed in {path}"
     if options.on_bad == "raise":
         raise DataError(
-            f"{len(failures)} rows failed, listed in {path}; the first: {failures[0]}; start again to try them again "
+            f"{failed}; the first: {failures[0]}; start again to try them again "
             "(the others are kept), or leave them out with --on-bad skip"
         )
-    print(f"{len(failures)} rows failed, listed in {path}", file=sys.stderr)
+    print(failed, file=sys.stderr)
 
 
 def _part(text: str) -> tuple[int, int]:

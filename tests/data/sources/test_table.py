@@ -26,6 +26,7 @@ from vitdist.data.index import DatasetIndex, load_index
 from vitdist.data.packing.verify import verify
 from vitdist.data.sources.rows import Columns, complete, read_rows
 from vitdist.data.sources.spool import Spool
+from vitdist.data.sources.table import read_table
 from vitdist.errors import DataError, UsageError
 
 needs_nginx = pytest.mark.skipif(NGINX is None, reason=WHY_NOT)
@@ -339,7 +340,24 @@ def _row(**labels: str) -> object:
     return Row(1, "x", labels, None, None)
 
 
-@pytest.mark.parametrize("words", [["--part", "0/3"], ["--part", "4/3"], ["--part", "x"], ["--workers", "0"]])
+def test_tables_as_people_write_them(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_bytes("\ufeffimage; species\r\na.jpg; x\r\n./a.jpg; y\r\nb\0.jpg; x\r\n".encode())
+    rows = read_rows(table, Columns("image", ["species"]))
+    assert [(row.line, row.image, row.labels) for row in rows.good] == [
+        (2, "a.jpg", {"species": "x"}),
+        (4, "b\0.jpg", {"species": "x"}),
+    ]
+    assert [str(failure) for failure in rows.failures] == ["line 3: ./a.jpg: the same image as line 2"]
+    with Spool(tmp_path / "s", "all") as spool, pytest.raises(DataError, match="none of 3 rows can be packed"):
+        read_table(rows, spool, tmp_path, levels=["species"])
+    assert "cannot be a file's name" in str(rows.failures)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--part", "0/3"], ["--part", "4/3"], ["--part", "x"], ["--workers", "0"], ["--tries", "0"], ["--timeout", "0"]],
+)
 def test_options_that_mean_nothing(tmp_path: Path, words: list[str]) -> None:
     table = write_table(tmp_path / "t.csv", [("http://127.0.0.1:1/a.jpg", "O", "F", "a")])
     try:

@@ -51,6 +51,8 @@ def whole_file(path: Path) -> FileSlice:
         return FileSlice(path, 0, os.stat(path).st_size)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise DataError(f"{str(path)!r} cannot be a file's name") from None
 
 
 @dataclass(frozen=True)

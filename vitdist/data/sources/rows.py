@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vitdist.data.index import is_url
 from vitdist.data.sources.folder import SPLIT_NAMES
 from vitdist.errors import DataError, ResourceError, UsageError
 
@@ -70,7 +72,7 @@ def read_rows(path: str | Path, columns: Columns) -> Rows:
     rows, seen = Rows(), dict[str, int]()
     for line, values in cells:
         row = _row(line, values, columns)
-        first = seen.setdefault(row.image, line)
+        first = seen.setdefault(_place(row.image), line)
         if not row.image:
             rows.fail(row, f"no image in column {columns.image!r}")
         elif first != line:
@@ -84,6 +86,11 @@ def read_rows(path: str | Path, columns: Columns) -> Rows:
     if not rows.good and not rows.failures:
         raise DataError(f"{path} has no rows")
     return rows
+
+
+def _place(image: str) -> str:
+    """One spelling of a path: `./a.jpg` and `a.jpg` are one photograph, not one to train and one to test on."""
+    return image if not image or is_url(image) else os.path.normpath(image)
 
 
 def _row(line: int, values: Mapping[str, object], columns: Columns) -> Row:
@@ -111,8 +118,9 @@ def _csv(path: Path, columns: Columns) -> Iterator[tuple[int, Mapping[str, objec
         with path.open(newline="", encoding="utf-8-sig") as file:
             head = file.readline(MAX_CELL)
             file.seek(0)
-            reader = csv.DictReader(file, delimiter=max(",;\t", key=head.count))
-            _check(path, columns, reader.fieldnames or [])
+            reader = csv.DictReader(file, delimiter=max(",;\t", key=head.count), skipinitialspace=True)
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+            _check(path, columns, reader.fieldnames)
             for values in reader:
                 yield reader.line_num, values
     except OSError as error:
@@ -144,7 +152,7 @@ def _parquet(path: Path, columns: Columns) -> Iterator[tuple[int, Mapping[str, o
 def _check(path: Path, columns: Columns, found: Sequence[str]) -> None:
     missing = [name for name in columns.names if name not in found]
     if missing:
-        raise UsageError(f"{path} has no column {missing[0]!r}; it has {', '.join(map(str, found[:30]))}")
+        raise UsageError(f"{path} has no column {missing[0]!r}; it has {', '.join(map(str, found[:30])) or 'none'}")
 
 
 def complete(rows: Sequence[Row]) -> list[Mapping[str, str]]:
