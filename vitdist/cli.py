@@ -9,14 +9,21 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from vitdist.errors import RecipeError, lines
+from vitdist.errors import RecipeError, UsageError, lines
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 DESCRIPTION = "Hierarchical fine-grained image classification with Vision Transformers, from a laptop to a cluster."
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and under a launcher once, not once a rank with the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     """The arguments; key=value may stand anywhere, also behind options, where argparse would not look for them."""
+    if "" in argv:  # as a path it would be the working directory
+        raise UsageError("an argument is empty; is a shell variable not set?")
     parser = _parser(argv)
     args, rest = parser.parse_known_args(argv)
     strange = [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(args, "overrides")]
@@ -73,7 +82,7 @@ def _ranks_have_met() -> bool:
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The parser, with only the room of the asked command loaded: `recipe validate` must not pay for torch."""
-    parser = argparse.ArgumentParser(prog="vitdist", description=DESCRIPTION)
+    parser: argparse.ArgumentParser = Parser(prog="vitdist", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"vitdist {metadata.version('vitdist')}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     asked = next((word for word in argv if not word.startswith("-")), None)

@@ -13,6 +13,8 @@ import pytest
 from tests import launching
 from tests.conftest import Recipes
 from tests.data.tiny import tiny_packed
+from vitdist.cli import main
+from vitdist.data.index import DatasetIndex
 from vitdist.runtime.failures import EXIT_FILE
 
 
@@ -78,6 +80,50 @@ def test_a_run_folder_with_another_recipe(short_run: Path, tiny_recipe: Recipes,
     codes, output = launching.run(1, ["train", str(recipe), "out=run", "--resume", "never"], tmp_path)
     assert codes == [0], output
     assert (tmp_path / "run.old-1" / EXIT_FILE).read_text() == before
+
+
+def test_a_monitored_level_that_the_tree_lacks_stops_before_the_first_step(
+    tiny_recipe: Recipes, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(checkpoint={"monitor": "val/accuracy/genius"})
+    codes, output = launching.run(2, ["train", str(recipe), "out=run"], tmp_path)
+    assert codes == [2, 2], output
+    (line,) = said(output)
+    assert "checkpoint.monitor" in line and "'genius'" in line and "order, family, species" in line
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_checkpoint_is_evaluated_as_the_model_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(tmp_path), "model.weights=other"]) == 2
+    assert "model.weights: a checkpoint is evaluated as the model it is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["", "nope", "predict", "predict run x --top many", "data table t out --part 0/3", "sweep r --lr-low x",
+     "checkpoint export run out --format onnx", "train"],
+)  # fmt: skip
+def test_a_wrong_command_line_is_one_line(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("vitdist: ") and err.count("\n") == 1 and "--help" in err
+
+
+def test_an_empty_argument_is_not_the_working_directory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "run", ""]) == 2
+    assert capsys.readouterr().err == "vitdist: an argument is empty; is a shell variable not set?\n"
+
+
+def test_a_file_where_a_folder_should_be_written(
+    tiny: DatasetIndex, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    shard = tiny.root / tiny.split("test").shards[0].path
+    assert main(["data", "index", str(shard), "--out", str(tmp_path / "file" / "x")]) == 7
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(tmp_path / "file") in err and "Not a directory" in err
+    assert main(["recipe", "copy", "demo", str(tmp_path / "file" / "x.yaml")]) == 2
+    assert f"{tmp_path / 'file'} is there already" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:

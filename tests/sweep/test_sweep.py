@@ -18,6 +18,7 @@ from vitdist.cli import main
 from vitdist.errors import UsageError
 from vitdist.metrics_log import read_metrics
 from vitdist.sweep.grid import settings_of, values_of
+from vitdist.sweep.runs import prepare
 from vitdist.sweep.table import spread
 
 
@@ -40,6 +41,11 @@ def test_commas_of_a_value_are_its_own() -> None:
     assert "/" not in both[0].label and both[0].label.startswith("name=cosine_project=a-b-")
     same = settings_of(["lr_scheduler.name=cosine,plateau", "optimizer.name=sgd,adam"], [])
     assert same[0].label == "lr_scheduler.name=cosine_optimizer.name=sgd"
+
+
+def test_a_launcher_whose_quotes_do_not_close() -> None:
+    with pytest.raises(UsageError, match="cannot be read: No closing quotation"):
+        prepare(Path("demo.yaml"), [], Path("out"), "torchrun '--x")
 
 
 @pytest.mark.parametrize(

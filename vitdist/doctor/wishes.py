@@ -52,5 +52,7 @@ def _batch(recipe: Recipe, world: int, local_world: int) -> str:
     split = batch_split(recipe, world)
     workers = num_workers_of(recipe, local_world)
     total = recipe.train.global_batch_size
-    parts = f"{world} ranks x micro-batch {split.micro_batch_size} x accumulation {split.accumulation}"
+    parts = (
+        f"{world} rank{'s' * (world != 1)} x micro-batch {split.micro_batch_size} x accumulation {split.accumulation}"
+    )
     return f"{total} = {parts}, {workers} loader worker{'s' * (workers != 1)} a rank"

@@ -36,6 +36,9 @@ def run(path: Path, *, split: str, out: Path | None, overrides: Sequence[str]) -
     """Evaluate a run's best (else last) checkpoint, or the checkpoint given; writes evaluation/<split>.json."""
     ranks = discover()
     logs.start(None, ranks.rank)
+    for key in (text.partition("=")[0] for text in overrides):
+        if key.startswith("model.") or key == "data.image_size":  # most would fit no tensor, others be passed over
+            raise UsageError(f"{key}: a checkpoint is evaluated as the model it is; leave this out")
     checkpoint = find_checkpoint(path)
     recipe = load_recipe(checkpoint / files.RECIPE, overrides)
     set_threads(ranks)

@@ -60,8 +60,8 @@ def _copy(source: Path, target: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("x", encoding="utf-8") as file:
             file.write(text)
-    except FileExistsError:
-        raise UsageError(f"{target} is there already; remove it or name another file") from None
+    except FileExistsError as error:  # the file, or one in the place of its folder
+        raise UsageError(f"{error.filename} is there already; remove it or name another file") from None
     except OSError as error:
         raise UsageError(f"{target} cannot be written: {error.strerror}") from None
     return target

@@ -13,6 +13,8 @@ from vitdist.errors import LostError, OwnLoss, ResourceError, Stopped, VitdistEr
 
 EXIT_FILE = "exit.json"
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# a path that the user gave: no permission, or something else in its place
+_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 # how gloo and NCCL say that a peer is gone; both raise plain RuntimeErrors, or torch's Dist*Error with these words
 _LOST_WORDS = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "gloo", "nccl", "socket")
 
@@ -44,6 +46,10 @@ def classify(error: BaseException) -> VitdistError:
         return ResourceError(f"out of memory: {_first_line(error)}; use a smaller train.micro_batch_size")
     if isinstance(error, OSError) and error.errno in _DISK:
         return ResourceError(f"no space left: {error.filename or error}; free some, then start again to resume")
+    if isinstance(error, OSError) and error.errno in _PLACE and error.filename is not None:
+        return ResourceError(
+            f"{error.filename} cannot be read or written: {error.strerror}; change its permissions or give another path"
+        )
     if isinstance(error, RuntimeError) and "dataloader worker" in str(error).lower():
         return OwnLoss(
             f"a loader worker is gone: {_first_line(error)} (out of memory? data.num_workers); start again to resume"

@@ -55,7 +55,10 @@ def _launcher(text: str | None) -> list[str]:
     """The words before `-m vitdist train`: this Python, or a launcher that takes -m as Python does."""
     if text is None:
         return [sys.executable]
-    words = shlex.split(text)
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"--launcher {text!r} cannot be read: {error}") from None
     beside = Path(sys.executable).parent / words[0] if words else None
     if not words or (shutil.which(words[0]) is None and not (beside is not None and beside.is_file())):
         raise UsageError(f'--launcher {text!r} names no program; write one like "torchrun --nproc-per-node 2"')
