@@ -15,7 +15,7 @@ from tests.data.storage.test_damage import PREPARED, account
 from tests.data.storage.test_untrusted import jpeg_bomb, png_bomb, tar
 from vitdist.data.index import Split
 from vitdist.data.loading.batch import Batch
-from vitdist.data.loading.loader import EvaluationSource, Load, Place, TrainSource, Unseeded, batches
+from vitdist.data.loading.loader import TOGETHER, EvaluationSource, Load, Place, TrainSource, Unseeded, batches
 from vitdist.data.packing.foreign import index_foreign
 from vitdist.data.packing.labels import LabelReader
 from vitdist.data.pixels.transforms import Augment, EvalTransform, TrainTransform
@@ -92,8 +92,21 @@ def test_raise_names_the_shard_the_sample_and_the_kind(split: Split) -> None:
 
 def test_a_gap_is_black_whatever_lay_there_before(split: Split) -> None:
     out = np.full((32, 32, 3), 7, np.uint8)
-    loaded = Load(split, Unseeded(EvalTransform(PREPARED)))(Place(next(iter(bad_rows(split))), 0, 0, 0, 0), out)
-    assert not loaded.is_valid and not out.any()
+    loaded = Load(split, Unseeded(EvalTransform(PREPARED)))([Place(next(iter(bad_rows(split))), 0, 0, 0, 0)], out[None])
+    assert not loaded[0].is_valid and not out.any()
+
+
+def test_places_together_become_what_each_becomes_alone(split: Split) -> None:
+    """More than are read together, good and bad."""
+    rows = [*range(split.num_samples), *range(split.num_samples)]
+    assert len(rows) > 2 * TOGETHER
+    load = Load(split, TrainTransform(PREPARED, Augment()))
+    places = [Place(row, 100 + slot, 0, 0, slot) for slot, row in enumerate(rows)]
+    images, image = np.full((len(rows), 32, 32, 3), 7, np.uint8), np.full((1, 32, 32, 3), 9, np.uint8)
+    loaded = load(places, images)
+    assert {row for row, one in zip(rows, loaded, strict=True) if not one.is_valid} == set(bad_rows(split))
+    for place, together, one in zip(places, images, loaded, strict=True):
+        assert load([place], image) == [one] and np.array_equal(image[0], together), place
 
 
 def test_evaluation_leaves_the_bad_out_and_shows_the_odd_as_they_are(split: Split) -> None:

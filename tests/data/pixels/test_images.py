@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from vitdist.data.pixels.images import DamagedImage, Kind, Pixels, decode, decode_scaled, read_header
+from vitdist.data.pixels.images import DamagedImage, Kind, Pixels, Scratch, decode, decode_scaled, read_header
 
 RANDOM = np.random.default_rng(0)
 SMOOTH: Pixels = cv2.resize(
@@ -214,3 +214,10 @@ def test_garbage_in_a_jpeg_scan_is_refused() -> None:
 def test_damage_travels_between_processes() -> None:
     error = pickle.loads(pickle.dumps(DamagedImage("truncated", "60 of 100 bytes")))
     assert (error.kind, error.detail, str(error)) == ("truncated", "60 of 100 bytes", "truncated: 60 of 100 bytes")
+
+
+def test_no_row_of_an_even_width_begins_where_it_would_be_written_past_the_caches() -> None:
+    scratch = Scratch()
+    for size in (1000, 500, 1001, 600_000, 5_000_000):
+        room = scratch.room(size)
+        assert room is not None and len(room) >= size and room.ctypes.data % 32 == 1

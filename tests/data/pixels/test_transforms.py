@@ -26,9 +26,10 @@ from vitdist.data.pixels.augmentations import (
     random_crop,
     rotate,
 )
-from vitdist.data.pixels.images import Pixels, decode
+from vitdist.data.pixels.images import Pixels, decode, decode_scaled, read_header
 from vitdist.data.pixels.transforms import (
     Augment,
+    Draws,
     EvalTransform,
     Preprocessing,
     TrainTransform,
@@ -210,6 +211,44 @@ def test_a_crop_of_just_the_wanted_size_is_contiguous() -> None:
     assert resize(same, 96, 96).flags.c_contiguous and np.array_equal(resize(same, 96, 96), same)
 
 
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_a_view_of_a_picture_of_just_the_wanted_size_outlives_the_next_one(flip: float) -> None:
+    first, second = jpeg(photograph(96, 96, 1)), jpeg(photograph(96, 96, 2))
+    transform = TrainTransform(preprocessing(), Augment((1 - 1e-9, 1), (1, 1), flip=flip))
+    view = transform(first, 0)
+    seen = view.copy()
+    transform(second, 0)
+    assert np.array_equal(view, seen), "it lies where the next picture was decoded to"
+    expected = decode_scaled(first, read_header(first), fast=True)
+    assert np.array_equal(seen, expected[:, ::-1] if flip else expected)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_mirrored_crop_gives_the_mirrored_view(interpolation: Any) -> None:
+    chance = np.random.default_rng(4)
+    for height, width in [(96, 96), *chance.integers(20, 300, (150, 2)).tolist()]:
+        crop = chance.integers(0, 256, (height, width, 3), np.uint8)
+        after = resize(crop, 96, 96, interpolation)[:, ::-1]
+        assert np.array_equal(resize(cv2.flip(crop, 1), 96, 96, interpolation), after), (height, width)
+
+
+def test_a_view_goes_where_it_is_wanted_and_nowhere_else() -> None:
+    images = np.full((3, 96, 96, 3), 7, np.uint8)
+    for augment in (FULL, Augment(), Augment((1, 1))):
+        transform = TrainTransform(preprocessing(), augment)
+        for seed in range(30):
+            assert transform(DATA, transform.draw(seed), images[1]) is not None
+            assert np.array_equal(images[1], transform(DATA, seed))
+    assert (images[[0, 2]] == 7).all()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**64 - 1])
+def test_draws_are_one_generators_numbers_and_then_its_bytes(seed: int) -> None:
+    generator, draws = np.random.Generator(np.random.PCG64(seed)), Draws(seed)
+    assert draws.crop + draws.erased_box + draws.rest == generator.random(2 * NUM_BOX_DRAWS + 7).tolist()
+    assert draws.noise(100).tobytes() == generator.bytes(100)
+
+
 def test_a_crop_that_never_fits_is_the_largest_central_one() -> None:
     box = random_crop(10, 1000, (0.9, 1.0), (3 / 4, 4 / 3), [0.5] * NUM_BOX_DRAWS)
     assert (box.height, box.width, box.top) == (10, 13, 0) and abs(box.left - 493) <= 1
@@ -222,7 +261,9 @@ def test_a_crop_of_a_large_photograph_is_decoded_small_and_looks_the_same() -> N
     draws = chance.random(NUM_BOX_DRAWS).tolist()
     box = random_crop(1200, 1600, (0.3, 1), (3 / 4, 4 / 3), draws)
     expected = resize(box.cut(decode(large)), 96, 96)
-    assert np.abs(transform._view(large, draws).astype(int) - expected).mean() < 2.5
+    found = np.empty_like(expected)
+    transform._view(large, draws, False, found)
+    assert np.abs(found.astype(int) - expected).mean() < 2.5
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,13 @@ class Header:
 
 
 class Scratch:
-    """Memory that one picture after the other is decoded into: it stays in the processor's cache."""
+    """Memory that one picture after the other is decoded into: it stays in the processor's cache.
 
+    It begins at an odd address: libjpeg-turbo writes a row that begins at a multiple of 32 past the caches, and the
+    resize then waits for it. Decoding, cropping and resizing took 7 % longer from address 0 modulo 32 than from 1.
+    """
+
+    ROW = 32
     MOST = 64 << 20  # larger pictures get memory of their own, or one of them would keep it for ever
 
     def __init__(self) -> None:
@@ -91,7 +96,8 @@ class Scratch:
         if size > self.MOST:
             return None
         if len(self._pixels) < size:
-            self._pixels = np.empty(size, np.uint8)
+            memory = np.empty(size + self.ROW, np.uint8)
+            self._pixels = memory[(1 - memory.ctypes.data) % self.ROW :]
         return self._pixels
 
 
