@@ -104,12 +104,6 @@ def _make_momentum(optimizer: Optimizer) -> None:
                 state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
-def not_finite(*values: Tensor) -> Tensor:
-    """float32 0-dim: 1 where any of the values is NaN or infinite, else 0, on their device."""
-    bad = torch.stack([~torch.isfinite(value.detach()).all() for value in values])
-    return bad.any().to(torch.float32)
-
-
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
     """The total 2-norm of the gradients [0-dim], which are scaled down to `max_norm` where they exceed it.
 

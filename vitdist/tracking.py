@@ -23,10 +23,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vitdist.metrics_log import MetricsLog, read_metrics
-
-__all__ = ["MetricsLog", "WandbTracker", "read_metrics", "redact"]
-
 log = logging.getLogger(__name__)
 
 MODES = ("disabled", "offline", "online")  # in order of how much leaves the machine

@@ -70,7 +70,7 @@ def _number(value: float) -> float | None:
 def pictures_of(run: RunFolder, evaluation: Evaluation, table: PredictionTable) -> tuple[Pictures | None, str]:
     """The evaluated split's pictures, or why there are none. `val` lies in the packed split that it is a view of."""
     about = run.splits.get(evaluation.split, {})
-    split = str(about.get("split") or evaluation.summary.get("source") or evaluation.split)
+    split = str(about.get("split") or evaluation.split)
     path = str(evaluation.summary.get("data_path") or run.recipe.get("data.path") or "")
     folder, size = run.recipe.get("data.cache_dir"), run.recipe.get("data.cache_size")
     cache = ShardCache(Path(folder), num_bytes(size) if size else None, BRIEF) if folder else None

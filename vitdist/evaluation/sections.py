@@ -76,7 +76,7 @@ def _split_words(run: RunFolder, split: str) -> str:
 def run_hash(run: RunFolder, split: str) -> str | None:
     """The hash of a split's rows where evaluation/<split>.json carries it."""
     found = next((e.summary for e in run.evaluations if e.split == split), {})
-    value = found.get("split_hash") or found.get("split_sha256")
+    value = found.get("split_hash")
     return str(value) if value else None
 
 
@@ -145,7 +145,7 @@ def left_out(run: RunFolder) -> list[str]:
         words, whole = coverage(evaluation.summary)
         if not whole:
             lines.append(f"{evaluation.split}: {words}.")
-        damaged = evaluation.summary.get("damaged") or evaluation.summary.get("damages") or []
+        damaged = evaluation.summary.get("damaged")
         lines += [f"{evaluation.split}: {text}" for text in damaged] if isinstance(damaged, list) else []
     bad = [line["damaged"] for line in run.metrics if isinstance(line.get("damaged"), int) and line["damaged"]]
     if bad:

@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import core_schema
 
-UNITS = ("ep", "steps", "s", "min", "h")
 SECONDS = {"s": 1, "min": 60, "h": 3600}
 EXAMPLES = {"ep": "30ep", "steps": "5000steps", "s": "90s", "min": "30min", "h": "2h"}
 ALIASES = {"ep": ("e", "epoch", "epochs"), "steps": ("step", "it", "iter", "iters"), "s": ("sec", "secs", "seconds"),

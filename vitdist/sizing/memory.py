@@ -23,12 +23,11 @@ RESERVE, FRAGMENTS = 1_000_000_000, 0.05  # the device's context and libraries, 
 
 @dataclass(frozen=True)
 class States:
-    """What a model and its optimizer hold, in bytes of float32, or counted."""
+    """What a model and its optimizer hold, in bytes of float32."""
 
     weights: int  # all parameters
     buffers: int
     trained: int  # the parameters that learn: also the size of their gradients
-    num_trained: int  # tensors
     optimizer: int
     ema: int
     stored: int  # the weights as a checkpoint has them
@@ -45,7 +44,6 @@ def states_of(recipe: Recipe, model: nn.Module) -> States:
         weights=_bytes(model.parameters()),
         buffers=_bytes(model.buffers()),
         trained=_bytes(trained),
-        num_trained=len(trained),
         optimizer=moments * _bytes(trained) + counters,
         ema=0 if recipe.ema.decay is None else averaged + 8,
         stored=_bytes(model.state_dict().values()),
