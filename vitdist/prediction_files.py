@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -157,6 +158,8 @@ def _fit(pen: ImageDraw.ImageDraw, text: str, size: int, width: int) -> str:
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which matplotlib brings: Latin, Greek and Cyrillic letters."""
-    import matplotlib
-
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
+    package = find_spec(
+        "matplotlib"
+    )  # found, not imported: it would look for a place for its settings, and speak of it
+    assert package is not None and package.origin is not None
+    return ImageFont.truetype(str(Path(package.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"), size)

@@ -12,6 +12,7 @@ from vitdist.data.views import View, everything
 from vitdist.errors import DataError, UsageError
 from vitdist.recipe.schema import Recipe
 from vitdist.taxonomy import Taxonomy
+from vitdist.training.assemble import check_monitors
 from vitdist.training.datasets import Datasets, open_datasets
 
 DRAWN_CLASSES = 200
@@ -54,6 +55,7 @@ def source_of(recipe: Recipe, num_samples: int | None, num_shards: int | None) -
             f"{error}; steps, reading and order are left out (or give --samples N), the head is counted for CUB's tree"
         )
         return Source(tree, None, None, np.empty(0, np.int32), None, note)
+    check_monitors(recipe, datasets.tree)
     val = None if datasets.val is None else datasets.val.view
     return Source(datasets.tree, datasets.train.view, val, datasets.train_labels(), datasets)
 

@@ -88,6 +88,7 @@ def lr_range(file: Path, overrides: Sequence[str], folder: Path, wish: Wish) -> 
     ranks = discover()
     if ranks.world > 1:
         raise UsageError(f"--lr-range runs on one device, but {ranks.world} ranks were started; leave the launcher out")
+    folder.mkdir(parents=True, exist_ok=True)  # now, not after the training, if it cannot be
     with tempfile.TemporaryDirectory(prefix="vitdist-lr-range-") as scratch:
         own = [f"out={scratch}", f"train.max_duration={wish.num_steps}steps", "lr_scheduler.name=constant",
                "lr_scheduler.warmup=0steps", "tracking.wandb=disabled", "tracking.log_samples=false"]  # fmt: skip

@@ -349,9 +349,10 @@ def test_tables_as_people_write_them(tmp_path: Path) -> None:
         (4, "b\0.jpg", {"species": "x"}),
     ]
     assert [str(failure) for failure in rows.failures] == ["line 3: ./a.jpg: the same image as line 2"]
-    with Spool(tmp_path / "s", "all") as spool, pytest.raises(DataError, match="none of 3 rows can be packed"):
+    with Spool(tmp_path / "empty", "all") as spool, pytest.raises(DataError, match="none of 3 rows can be packed"):
         read_table(rows, spool, tmp_path, levels=["species"])
     assert "cannot be a file's name" in str(rows.failures)
+    assert not (tmp_path / "empty").exists()
 
 
 @pytest.mark.parametrize(

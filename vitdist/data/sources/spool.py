@@ -6,6 +6,7 @@ A line without its end is none; bytes without a line are passed over.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -64,8 +65,14 @@ class Spool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        is_empty = os.fstat(self._bytes.fileno()).st_size == 0
         self._list.close()
         self._bytes.close()
+        if is_empty:  # a table of files, or a mistake in it: no folder is left for nothing
+            for suffix in (BYTES, LIST):
+                (self.folder / (self._name + suffix)).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # others fetch into it, or it is gone with its discarded bytes
+                self.folder.rmdir()
 
     def add(self, address: str, data: bytes) -> None:
         """Keep a photograph. OSError when there is no room."""
