@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,6 +116,7 @@ def _become(
     if umask is not None:
         os.umask(umask)
     os.environ.update(settings)
+    tempfile.tempdir = None  # TMPDIR may be another than the server's
     # one core a rank: threads follow the cores, threads change bits, and tests must not depend on the machine's size
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,9 +58,12 @@ def exit_of(run: Path) -> dict[str, Any]:
 
 
 class Leftovers:
-    """What a job could leave behind: loader workers, and shared memory, whose names carry a process id (S7)."""
+    """What a job could leave behind: processes, files where TMPDIR says, shared memory with a process id (S7)."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self._temporary = folder / "temporary"
+        self._temporary.mkdir()
+        self.env = {"TMPDIR": str(self._temporary)}
         self._workers: set[int] = set()
         self._all: set[int] = set()
 
@@ -71,6 +75,7 @@ class Leftovers:
 
     def check(self) -> None:
         wait_for(lambda: not any(map(alive, self._workers)), "the end of the loader workers", 10)
-        names = [*Path("/dev/shm").iterdir(), *Path("/tmp").glob("torch*"), *Path("/tmp").glob("pymp*")]
-        left = [path for path in names if any(part in path.name.split("_") for part in map(str, self._all))]
+        parts = set(map(str, self._all))
+        left = [path for path in Path("/dev/shm").iterdir() if parts & set(re.split(r"[^0-9]", path.name))]
+        left += self._temporary.iterdir()
         assert not left, f"left behind: {left}"

@@ -133,6 +133,18 @@ def test_a_rank_hangs_in_its_own_work(endless: Path, tmp_path: Path) -> None:
     assert "faults.py" in log_of(tmp_path / "run", 1), "its stack shows where"
 
 
+@pytest.mark.slow
+def test_a_rank_without_peers_hangs_in_its_own_work(endless: Path, tmp_path: Path) -> None:
+    """Nobody's collective times out: the watch alone ends it."""
+    fault = {"VITDIST_FAULT": "hang:step=5,phase=forward"}
+    began = time.monotonic()
+    job = launching.start(1, ["train", str(endless), "out=run", TIMEOUT], tmp_path, env=fault)
+    codes, output = end(job, began)
+    assert codes == [6], output
+    assert complaints(output)[0].startswith("vitdist: rank 0 has not moved for "), output
+    assert "faults.py" in log_of(tmp_path / "run", 0), "its stack shows where"
+
+
 def test_a_shard_is_unreadable_on_one_rank(tiny_recipe: Recipes, tmp_path: Path) -> None:
     """Each rank has a copy of the data; on rank 1's a shard has other bytes than the index says."""
     tiny_packed(tmp_path / "zero" / "packed", num_classes=20, train_per_class=8, test_per_class=1)

@@ -70,8 +70,22 @@ def test_a_disk_that_fills_up_later_costs_nothing_that_was_saved(
     assert f"resumed from step {int(newest.name[5:])} " in output
 
 
+def test_a_run_whose_disk_became_read_only(small_disk: Path, tiny_recipe: Recipes, tmp_path: Path) -> None:
+    command = ["train", str(tiny_recipe()), f"out={small_disk}/run"]
+    codes, output = launching.run(1, [*command, "train.max_duration=6steps"], tmp_path)
+    assert codes == [0], output
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    codes, output = launching.run(1, command, tmp_path)
+    assert codes == [7], output
+    (line,) = [line for line in output.splitlines() if line.startswith("vitdist: ")]
+    assert line.startswith(f"vitdist: {small_disk}/run/.lock") and "cannot be read or written: Read-only file system" in line
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    codes, output = launching.run(1, command, tmp_path)
+    assert codes == [0] and "resumed from step 6 " in output, output
+
+
 def test_a_strange_place_with_strange_settings(tiny: DatasetIndex, tiny_recipe: Recipes, tmp_path: Path) -> None:
-    """Spaces and letters beyond ASCII in every path, no HOME, a strict umask, the C locale, a read-only source tree."""
+    """Spaces and letters beyond ASCII in every path, an empty HOME, a strict umask."""
     home = tmp_path / "mit Leerzeichen" / "für Vögel 鳥"
     home.mkdir(parents=True)
     shutil.copytree(tiny.root, home / "gepackte Fotos é")
@@ -79,19 +93,29 @@ def test_a_strange_place_with_strange_settings(tiny: DatasetIndex, tiny_recipe: 
     recipe.write_text(tiny_recipe(name="tiny").read_text().replace(str(tiny.root), "gepackte Fotos é"))
     job = launching.start(2, ["train", str(recipe), "out=lauf ß"], home, env={"HOME": ""}, umask=0o077)
     assert job.wait() == [0, 0], job.output
-    assert (home / "lauf ß" / "metrics.jsonl").stat().st_mode & 0o777 == 0o600
-    # a locale is chosen when Python starts: batch systems give this one
+    for path in (home / "lauf ß").rglob("*"):
+        assert path.is_symlink() or path.stat().st_mode & 0o077 == 0, f"{path} is open to others"
+    strange = {path.name for path in home.iterdir()} - {"gepackte Fotos é", recipe.name, "lauf ß"}
+    assert all(name.startswith("output_") for name in strange), "nothing is written where HOME is taken to be"
+
+
+def test_a_bare_environment(tiny_recipe: Recipes, tmp_path: Path) -> None:
+    """ASCII for every file and stream, a recipe with other letters, HOME unset, a read-only source tree."""
+    recipe = tiny_recipe()
+    recipe.write_text(recipe.read_text().replace("name: tiny", "name: Vögel 鳥"), encoding="utf-8")
+    # encodings are chosen when Python starts; without the last two it would make UTF-8 of this locale
     bare = {name: value for name, value in os.environ.items() if name in ("PATH", "PYTHONPATH", "OMP_NUM_THREADS")}
-    bare |= {"LC_ALL": "C", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "vitdist", "train", str(recipe), "out=lauf ß 2", "train.max_duration=2steps"]
+    bare |= {"ACCELERATE_USE_CPU": "true", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "vitdist", "train", str(recipe), "out=run", "train.max_duration=2steps"]
     if os.geteuid() == 0:
         script = (
             f'mount --bind "{ROOT}" "{ROOT}" && mount -o remount,ro,bind "{ROOT}" && ! touch "{ROOT}/x" && exec "$@"'
         )
         command = ["unshare", "-m", "--propagation", "private", "sh", "-c", script, "sh", *command]
-    done = subprocess.run(command, cwd=home, env=bare, capture_output=True, umask=0o077)
+    done = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True)
     output = (done.stdout + done.stderr).decode(errors="replace")
-    assert done.returncode == 0 and "200 of 200 evaluated" in output, output
+    assert done.returncode == 0 and "200 of 200 evaluated" in output and "Error" not in output, output
+    assert 'name: "Vögel 鳥"' in (tmp_path / "run" / "recipe.yaml").read_text(encoding="utf-8")
 
 
 SECRETS = {

@@ -17,6 +17,7 @@ from tests.faults.running import Leftovers, children, exit_of, last_step, wait_f
 from vitdist.checkpoint.manifest import verify
 from vitdist.checkpoint.store import Store
 
+stops: list[float] = []  # seconds from a signal to the last rank's end
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -39,17 +40,27 @@ def assert_saved(run: Path, reason: str, *, requeue: bool, since: int = 0) -> No
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
 @pytest.mark.parametrize("to", ["one", "all"])
 def test_a_signal_to_one_rank_or_all(to: str, number: int, endless: Path, tmp_path: Path) -> None:
-    left = Leftovers()
-    job = launching.start(2, ["train", str(endless), "out=run"], tmp_path)
+    left = Leftovers(tmp_path)
+    job = launching.start(2, ["train", str(endless), "out=run"], tmp_path, env=left.env)
     step = wait_for_step(tmp_path / "run", 2, job)
     left.note(job)
     began = time.monotonic()
     for rank in job.ranks[1:] if to == "one" else job.ranks:
         os.kill(rank.pid, number)
     assert job.wait(30) == [75, 75], job.output
-    assert time.monotonic() - began < 15, "a step and a save of the tiny model (5 s on a quiet machine)"
+    stops.append(time.monotonic() - began)
     assert_saved(tmp_path / "run", "signal", requeue=True, since=step)
     left.check()
+
+
+def test_a_stop_takes_no_more_than_a_step_and_a_save(endless: Path, tmp_path: Path) -> None:
+    """5 s of the tiny model (S2); the quickest of the stops above counts, since other work may slow one down."""
+    while len(stops) < 2:
+        folder = tmp_path / str(len(stops))
+        folder.mkdir()
+        test_a_signal_to_one_rank_or_all("one", signal.SIGTERM, endless, folder)
+    print(f"stops took {sorted(round(seconds, 1) for seconds in stops)} s")
+    assert min(stops) < 5
 
 
 def test_agreed_within_two_steps(endless: Path, tmp_path: Path) -> None:
@@ -71,8 +82,8 @@ def test_preemption_may_signal_twice_within_milliseconds(endless: Path, tmp_path
 
 @pytest.mark.parametrize(("number", "pause"), [(signal.SIGINT, 0.3), (signal.SIGTERM, 5.3)], ids=["INT", "TERM"])
 def test_a_second_signal_means_now(number: int, pause: float, endless: Path, tmp_path: Path) -> None:
-    left = Leftovers()
-    hang = {"VITDIST_FAULT": "hang:phase=snapshot"}
+    left = Leftovers(tmp_path)
+    hang = {"VITDIST_FAULT": "hang:phase=snapshot", **left.env}
     job = launching.start(1, ["train", str(endless), "out=run", "data.num_workers=2"], tmp_path, env=hang)
     wait_for_step(tmp_path / "run", 2, job)
     left.note(job)
@@ -87,8 +98,12 @@ def test_a_second_signal_means_now(number: int, pause: float, endless: Path, tmp
 
 
 def test_a_first_sigterm_long_after_another_signal_is_not_impatience(endless: Path, tmp_path: Path) -> None:
-    """Slurm's USR1 ahead of the limit, the save it asks for, and the limit's own TERM while that is written."""
-    slow = {"VITDIST_FAULT": "hang:phase=snapshot"}
+    """Slurm's USR1 ahead of the limit, the save it asks for, and the limit's own TERM while that is written.
+
+    Then it is killed, and takes its workers along, a frozen one too, which could not notice by itself (S7).
+    """
+    left = Leftovers(tmp_path)
+    slow = {"VITDIST_FAULT": "hang:phase=snapshot", **left.env}
     job = launching.start(1, ["train", str(endless), "out=run"], tmp_path, env=slow)
     wait_for_step(tmp_path / "run", 2, job)
     os.kill(job.ranks[0].pid, signal.SIGUSR1)
@@ -98,8 +113,11 @@ def test_a_first_sigterm_long_after_another_signal_is_not_impatience(endless: Pa
         time.sleep(0.003)
     job.ranks[0].process.join(2)
     assert job.ranks[0].process.is_alive(), "it goes on saving"
+    left.note(job)
+    os.kill(children(job.ranks[0].pid)[0], signal.SIGSTOP)
     os.kill(job.ranks[0].pid, signal.SIGKILL)
     assert job.wait(10) == [-9]
+    left.check()
 
 
 def test_a_save_that_hangs_ends_by_force(endless: Path, tmp_path: Path) -> None:
@@ -137,6 +155,20 @@ def test_a_stop_file(endless: Path, tmp_path: Path) -> None:
     assert exit_step > step, "the next start takes the file away and goes on"
     os.kill(job.ranks[0].pid, signal.SIGTERM)
     assert job.wait(30) == [75, 75]
+
+
+@pytest.mark.slow
+def test_a_frozen_loader_worker_ends_with_its_rank(endless: Path, tmp_path: Path) -> None:
+    """A rank that only took leave of its workers would wait for it (S7)."""
+    left = Leftovers(tmp_path)
+    unhurried = {"VITDIST_FAULT": "slow:phase=step", **left.env}  # so that a few batches lie ready
+    job = launching.start(1, ["train", str(endless), "out=run", "data.num_workers=2"], tmp_path, env=unhurried)
+    wait_for_step(tmp_path / "run", 2, job)
+    left.note(job)
+    os.kill(children(job.ranks[0].pid)[0], signal.SIGSTOP)
+    os.kill(job.ranks[0].pid, signal.SIGTERM)
+    assert job.wait(30) == [75], job.output
+    left.check()
 
 
 def test_loader_workers_ignore_signals(endless: Path, tmp_path: Path) -> None:
