@@ -122,6 +122,7 @@ def test_past_the_limit_a_run_may_roll_back(rolling: Path, tmp_path: Path) -> No
     for file in (run / "samples").glob("*.jsonl"):
         used = [json.loads(line)["step"] for line in file.read_text().splitlines()]
         assert used == [step for step in (1, 2, 3, *range(7, 13)) for _ in range(12)]
+    assert "train: steps 4 to 6 were undone" in (run / "report" / "index.html").read_text()
     killed_and_resumed_it_is_the_same(rolling, tmp_path, "data,step=8", resumed=6)
 
 

@@ -153,6 +153,10 @@ def left_out(run: RunFolder) -> list[str]:
     skipped = sum(1 for line in run.training_lines if line.get("nonfinite"))
     if skipped:
         lines.append(f"train: {skipped:,} steps had a loss that is no number.")
+    for line in run.metrics:
+        if "rolled_back_to" in line:
+            first, last = line["rolled_back_to"] + 1, line["step"]
+            lines.append(f"train: steps {first:,} to {last:,} were undone, their losses being no numbers in the end.")
     return lines
 
 
