@@ -165,5 +165,6 @@ def test_300_epochs_take_no_more_memory_than_10(tiny_recipe: Recipes, tmp_path: 
 
     early, late = measured(10), measured(300)
     job.wait(300)
-    assert late[0] <= early[0] * 1.03, (early, late)
+    # sound runs grew by 0.2 to 0.6 %; one that kept 100 KB an epoch by 3.7 %, about the 3 % that are promised
+    assert late[0] <= early[0] * 1.02, (early, late)
     assert late[1] <= early[1], (early, late)

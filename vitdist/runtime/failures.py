@@ -16,8 +16,16 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # a path that the user gave: no permission, or something else in its place
 _PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 # how gloo and NCCL say that a peer is gone; both raise plain RuntimeErrors, or torch's Dist*Error with these words
-_LOST_WORDS = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "pair closure")
-_LOST_WORDS += ("gloo", "nccl", "socket")
+_LOST_WORDS = (
+    "connection closed by peer",
+    "connection reset",
+    "broken pipe",
+    "timed out",
+    "pair closure",
+    "gloo",
+    "nccl",
+    "socket",
+)
 
 
 @dataclass(frozen=True)
