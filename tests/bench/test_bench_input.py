@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.conftest import ROOT, Recipes
+from vitdist.bench import neighbours
 from vitdist.bench.cores import bare, streamed
 from vitdist.bench.damage import damaged_copy
 from vitdist.bench.data import BareLoop, Wish, batch_of
+from vitdist.bench.neighbours import KINDS, beside, kinship
 from vitdist.bench.photographs import all_photographs, large_photographs
 from vitdist.data.index import DatasetIndex
 from vitdist.data.pixels.images import read_header
@@ -99,8 +104,39 @@ def test_bench_data_prints_every_table(tiny_recipe: Recipes) -> None:
 def test_bench_train_is_consistent(tiny_recipe: Recipes) -> None:
     recipe = tiny_recipe(augment={"mixup": 0.2, "cutmix": 1.0})
     text = "\n".join(command("train", str(recipe), "--steps", "4", "--rounds", "3"))
-    alone, given, both = (float(number) for number in re.findall(r"([\d.]+) img/s", text))
-    waiting = float(re.findall(r"waiting for data +([\d.]+) %", text)[0])
+    alone, given, both, *beside = (float(number) for number in re.findall(r"([\d.]+) img/s", text))
+    waiting = float(re.findall(r"([\d.]+) % waiting for data", text)[0])
     assert both < 1.5 * min(alone, given) and 0 <= waiting <= 100
     (asked,) = re.findall(r"asks for (\d+) %", text)
     assert float(asked) == pytest.approx(100 * alone / given, rel=1.0)
+    assert len(beside) == (len(KINDS) if len(os.sched_getaffinity(0)) > 1 else 0) and all(
+        0.1 * alone < speed < 2 * alone for speed in beside
+    )
+
+
+def test_a_neighbour_works_on_the_other_core_and_is_gone_afterwards() -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    before = multiprocessing.active_children()
+    for kind in KINDS:
+        with beside(kind, {cores[-1]}):
+            (child,) = (one for one in multiprocessing.active_children() if one not in before)
+            deadline = time.monotonic() + 20
+            while seconds_of(child.pid) < 0.3:
+                assert child.is_alive() and time.monotonic() < deadline
+            assert os.sched_getaffinity(child.pid or 0) == {cores[-1]}
+        assert not child.is_alive()
+
+
+def seconds_of(pid: int | None) -> float:
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+def test_what_two_processors_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "SYSTEM", tmp_path)
+    assert "not known" in kinship(0, 1)
+    for place, text in (("topology/thread_siblings_list", "0,8-9"), ("cache/index3/shared_cpu_list", "0-3,8-11")):
+        (tmp_path / "cpu0" / place).parent.mkdir(parents=True)
+        (tmp_path / "cpu0" / place).write_text(text + "\n")
+    assert kinship(0, 9) == "two threads of one core"
+    assert kinship(0, 2) == "two cores that share a cache"
+    assert kinship(0, 4) == "two cores with caches of their own"

@@ -1,4 +1,7 @@
-"""What the input costs the step: the step on resident batches, the input alone, both together, and the waiting."""
+"""What the input costs the step: the step on resident batches, the input alone, both together, the waiting.
+
+And on the CPU the step beside a busy core that is no input.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from vitdist import optim
 from vitdist.bench.inputs import Inputs
+from vitdist.bench.neighbours import KINDS, beside, kinship
 from vitdist.data.loading.batch import Batch
 from vitdist.data.pixels.mixing import ToModelInput
 from vitdist.losses import hierarchical_loss
@@ -62,7 +67,7 @@ class _Step:
 
 
 def measure_train(wish: Inputs, *, num_steps: int, num_rounds: int) -> str:
-    """Interleaved rounds of the three, as a table; on the CPU the step has one core and the worker the others."""
+    """Interleaved rounds as a table; on the CPU the step has one core and the worker, or a neighbour, the others."""
     cores = sorted(os.sched_getaffinity(0))
     step = _Step(wish)
     on_cpu = step.device.type == "cpu"
@@ -76,19 +81,48 @@ def measure_train(wish: Inputs, *, num_steps: int, num_rounds: int) -> str:
     resident = list(itertools.islice(stream, WARM_UP))
     for batch in resident:
         step(batch)
-    rounds = [_round(step, stream, resident, num_steps) for _ in range(num_rounds)]
+    others = set(cores[1:]) if on_cpu else set[int]()
+    rounds = [_round(step, stream, resident, num_steps, others) for _ in range(num_rounds)]
     os.sched_setaffinity(0, cores)
-    alone, given, both, waited = (statistics.median(column) for column in zip(*rounds, strict=True))
-    asked = statistics.median(given / alone for alone, given, _, _ in rounds)
-    lost = statistics.median(both / alone for alone, _, both, _ in rounds) - 1
-    return "\n".join(
-        [
-            f"{'the step alone, inputs resident':36s} {size / alone:8.1f} img/s",
-            f"{'the input alone':36s} {size / given:8.1f} img/s   the step asks for {100 * asked:.0f} % of it",
-            f"{'both':36s} {size / both:8.1f} img/s   the step loses {100 * lost:.1f} % to the input",
-            f"{'waiting for data':36s} {100 * waited / both:8.1f} %",
-        ]
-    )
+    lines = _table(rounds, size)
+    if others:
+        lines.append(f"processors {cores[0]} and {cores[1]} are, the machine says, {kinship(cores[0], cores[1])}")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Round:
+    """Seconds a step of: the step alone, the input alone, both, of waiting in that, and beside each busy neighbour."""
+
+    alone: float
+    given: float
+    both: float
+    waited: float
+    beside: dict[str, float]
+
+
+def _table(rounds: list[_Round], size: int) -> list[str]:
+    """Medians; what is lost and asked for is of the same round."""
+
+    def row(name: str, seconds: Callable[[_Round], float], share: str = "") -> str:
+        return f"{name:46s} {size / statistics.median(map(seconds, rounds)):8.1f} img/s   {share}".rstrip()
+
+    def lost(seconds: Callable[[_Round], float]) -> str:
+        part = statistics.median(seconds(one) / one.alone for one in rounds) - 1
+        return f"the step loses {100 * part:.1f} %"
+
+    asked = statistics.median(one.given / one.alone for one in rounds)
+    waited = statistics.median(one.waited / one.both for one in rounds)
+    return [
+        row("the step alone, inputs resident", lambda one: one.alone),
+        row("the input alone", lambda one: one.given, f"the step asks for {100 * asked:.0f} % of it"),
+        row("both", lambda one: one.both, f"{lost(lambda one: one.both)}, {100 * waited:.1f} % waiting for data"),
+        *(row(f"no input; beside it {kind}", of := _beside(kind), lost(of)) for kind in rounds[0].beside),
+    ]
+
+
+def _beside(kind: str) -> Callable[[_Round], float]:
+    return lambda one: one.beside[kind]
 
 
 def _stream(wish: Inputs, step: _Step, size: int, cores: set[int]) -> Iterator[Batch]:
@@ -113,14 +147,13 @@ def _stream(wish: Inputs, step: _Step, size: int, cores: set[int]) -> Iterator[B
     return itertools.chain([first], stream)
 
 
-def _round(
-    step: _Step, stream: Iterator[Batch], resident: list[Batch], num_steps: int
-) -> tuple[float, float, float, float]:
-    """Seconds a step of: the step alone, the input alone, both; and of waiting in the last."""
-    started = time.perf_counter()
-    for number in range(num_steps):
-        step(resident[number % len(resident)])
-    alone = time.perf_counter() - started
+def _round(step: _Step, stream: Iterator[Batch], resident: list[Batch], num_steps: int, others: set[int]) -> _Round:
+    alone = _steps(step, resident, num_steps)
+    beside_it = {}
+    for kind in KINDS if others else ():
+        with beside(kind, others):
+            step(resident[0])  # meanwhile it starts
+            beside_it[kind] = _steps(step, resident, num_steps)
     _drain(stream)
     started = time.perf_counter()
     for _ in range(num_steps):
@@ -133,7 +166,14 @@ def _round(
         waited += time.perf_counter() - asked
         step(batch)
     both = time.perf_counter() - started
-    return alone / num_steps, given / num_steps, both / num_steps, waited / num_steps
+    return _Round(alone, given / num_steps, both / num_steps, waited / num_steps, beside_it)
+
+
+def _steps(step: _Step, resident: list[Batch], num_steps: int) -> float:
+    started = time.perf_counter()
+    for number in range(num_steps):
+        step(resident[number % len(resident)])
+    return (time.perf_counter() - started) / num_steps
 
 
 def _drain(stream: Iterator[Batch]) -> None:
