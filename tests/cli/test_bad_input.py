@@ -15,6 +15,8 @@ from tests.conftest import Recipes
 from tests.data.tiny import tiny_packed
 from vitdist.cli import main
 from vitdist.data.index import DatasetIndex
+from vitdist.doctor.wishes import wishes
+from vitdist.recipe.load import load_recipe
 from vitdist.runtime.failures import EXIT_FILE
 
 
@@ -83,9 +85,12 @@ def test_a_run_folder_with_another_recipe(short_run: Path, tiny_recipe: Recipes,
 
 
 def test_a_monitored_level_that_the_tree_lacks_stops_before_the_first_step(
-    tiny_recipe: Recipes, tmp_path: Path
+    tiny_recipe: Recipes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tiny_recipe(checkpoint={"monitor": "val/accuracy/genius"})
+    assert main(["plan", str(recipe)]) == 2 and "'genius'" in capsys.readouterr().err
+    (finding,) = (found for found in wishes(load_recipe(recipe), 1, 1) if found.topic == "data")
+    assert finding.mend == "use one of order, family, species"
     codes, output = launching.run(2, ["train", str(recipe), "out=run"], tmp_path)
     assert codes == [2, 2], output
     (line,) = said(output)

@@ -8,7 +8,7 @@ from vitdist.doctor.findings import Finding
 from vitdist.errors import VitdistError, lines
 from vitdist.models.backbone import build_backbone
 from vitdist.recipe.schema import Recipe
-from vitdist.training.assemble import image_size, num_workers_of, vit_shape
+from vitdist.training.assemble import check_monitors, image_size, num_workers_of, vit_shape
 from vitdist.training.build import batch_split
 from vitdist.training.datasets import open_datasets
 
@@ -30,6 +30,7 @@ def _asked(topic: str, question: Callable[[], str]) -> Finding:
 
 def _data(recipe: Recipe) -> str:
     found = open_datasets(recipe)
+    check_monitors(recipe, found.tree)
     return f"{recipe.data.path}: {found.train.num_samples:,} training samples of {len(found.tree.names[-1])} classes"
 
 
