@@ -33,7 +33,7 @@ def test_each_part_of_the_machine_and_of_the_recipe_has_a_line(tiny_recipe: Reci
     assert topics == {"software", "device", "cpus", "/dev/shm", "network", "disk", "data", "weights", "batch"}
     assert "320 training samples of 200 classes" in about("data", lines)[0]
     assert "from scratch" in about("weights", lines)[0]
-    assert "24 = 1 ranks x micro-batch 24 x accumulation 1" in about("batch", lines)[0]
+    assert "24 = 1 rank x micro-batch 24 x accumulation 1" in about("batch", lines)[0]
     assert "MB/s written" in about("disk", lines)[2] and "inodes" in about("disk", lines)[1]
     assert not list(tmp_path.glob("runs*")), "nothing is left behind"
 
