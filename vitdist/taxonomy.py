@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vitdist.errors import DataError
+from vitdist.errors import DataError, UsageError
 
 UNKNOWN = -1
 
@@ -80,7 +80,7 @@ class Taxonomy:
         """The same tree with only some of its levels, kept in their order from coarse to fine."""
         unknown = [level for level in levels if level not in self.levels]
         if unknown:
-            raise DataError(f"the class tree has no level {unknown[0]!r}; it has {', '.join(self.levels)}")
+            raise UsageError(f"the class tree has no level {unknown[0]!r}; it has {', '.join(self.levels)}")
         columns = [column for column, level in enumerate(self.levels) if level in levels]
         parents: list[tuple[int, ...]] = []
         for rank, column in enumerate(columns):

@@ -100,6 +100,7 @@ def plan(args: argparse.Namespace) -> int:
     """Plan a few steps of a few ranks of a set that need not exist."""
     from vitdist.bench.plan import measure_plan, table
 
+    figures = measure_plan(args.samples, args.shards, args.world)
     print(f"{args.samples:,} samples in {args.shards:,} shards, {args.world:,} ranks")
-    print(table(measure_plan(args.samples, args.shards, args.world)))
+    print(table(figures))
     return 0

@@ -30,7 +30,7 @@ class PlanFigures:
 
 def measure_plan(num_samples: int, num_shards: int, world: int, *, ranks: list[int] | None = None) -> list[PlanFigures]:
     """A few ranks at the beginning, in the middle and at the end of an epoch, each from nothing."""
-    if not 0 < num_shards <= num_samples or num_samples < SLOTS_A_RANK * world:
+    if not 0 < num_shards <= num_samples or not 0 < SLOTS_A_RANK * world <= num_samples:
         raise UsageError(f"{num_samples} samples do not fill {num_shards} shards and {world} ranks of {SLOTS_A_RANK}")
     before = _peak_memory()
     starts = np.arange(num_shards + 1, dtype=np.int64) * num_samples // num_shards

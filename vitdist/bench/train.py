@@ -148,7 +148,7 @@ def _stream(wish: Inputs, step: _Step, size: int, cores: set[int]) -> Iterator[B
 
 
 def _round(step: _Step, stream: Iterator[Batch], resident: list[Batch], num_steps: int, others: set[int]) -> _Round:
-    alone = _steps(step, resident, num_steps)
+    """The step alone is timed before and after both: a machine that slows down meanwhile is not the input."""
     beside_it = {}
     for kind in KINDS if others else ():
         with beside(kind, others):
@@ -158,15 +158,17 @@ def _round(step: _Step, stream: Iterator[Batch], resident: list[Batch], num_step
     started = time.perf_counter()
     for _ in range(num_steps):
         next(stream)
-    given = time.perf_counter() - started
+    given = (time.perf_counter() - started) / num_steps
+    before = _steps(step, resident, num_steps)
     waited, started = 0.0, time.perf_counter()
     for _ in range(num_steps):
         asked = time.perf_counter()
         batch = next(stream)
         waited += time.perf_counter() - asked
         step(batch)
-    both = time.perf_counter() - started
-    return _Round(alone, given / num_steps, both / num_steps, waited / num_steps, beside_it)
+    both = (time.perf_counter() - started) / num_steps
+    after = _steps(step, resident, num_steps)
+    return _Round((before + after) / 2, given, both, waited / num_steps, beside_it)
 
 
 def _steps(step: _Step, resident: list[Batch], num_steps: int) -> float:
