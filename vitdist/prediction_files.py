@@ -158,8 +158,7 @@ def _fit(pen: ImageDraw.ImageDraw, text: str, size: int, width: int) -> str:
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which matplotlib brings: Latin, Greek and Cyrillic letters."""
-    package = find_spec(
-        "matplotlib"
-    )  # found, not imported: it would look for a place for its settings, and speak of it
+    # found, not imported: it would look for a place for its settings, and speak of it
+    package = find_spec("matplotlib")
     assert package is not None and package.origin is not None
     return ImageFont.truetype(str(Path(package.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"), size)

@@ -27,9 +27,8 @@ class TrainState:
     stopping_count: int = 0  # evaluations without improvement
     num_nonfinite: int = 0  # updates skipped because of a number that was none
     num_nonfinite_in_row: int = 0
-    rollbacks: list[list[int]] = field(
-        default_factory=list
-    )  # [from, to]: the steps after `from` up to `to` were undone
+    # [from, to]: the steps after `from` up to `to` were undone
+    rollbacks: list[list[int]] = field(default_factory=list)
     damaged: dict[str, int] = field(default_factory=dict)  # samples replaced, by kind and shard
     num_threads: int = 1  # changes bits, so it is kept
     damaged_in_epoch: int = 0  # of all ranks, in the epoch of `step`: what data.max_bad_samples is held against
@@ -50,12 +49,8 @@ class TrainState:
         """Read and check what `to_json` wrote; CheckpointError when it is something else."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise CheckpointError(f"state.json is not of format {FORMAT}")
-        values = {
-            "damaged_in_epoch": 0,
-            "micro_batch_size": None,
-            "rollbacks": [],
-            **data,
-        }  # earlier versions did not keep them
+        # earlier versions did not keep the first three
+        values = {"damaged_in_epoch": 0, "micro_batch_size": None, "rollbacks": [], **data}
         del values["format"]
         expected = {f.name for f in fields(TrainState)}
         if set(values) != expected:

@@ -90,7 +90,7 @@ def write_packed(
         parts = zip(files, cut(chosen, len(files)), strict=True)
         paths[split] = [path for path, part in parts if writer.write(path, part)]
     if writer.skipped:
-        write_whole(folder / SKIPPED_NAME, (json.dumps(sorted(writer.skipped), indent=1) + "\n").encode())
+        write_whole(folder / SKIPPED_NAME, json.dumps(sorted(writer.skipped), indent=1) + "\n")
     preparation = {**packing.to_json(), "skipped": len(writer.skipped)}
     label_of = packed_label(taxonomy)
     return build_index(folder, paths, taxonomy, label_of=label_of, name=packing.name, preparation=preparation)

@@ -71,7 +71,7 @@ def _latest(base: str, folder: Path, cache: ShardCache) -> Path:
     if not (root / INDEX_NAME).is_file():
         _take_tables(text, base, root, cache)
         write_whole(root / INDEX_NAME, text)
-    write_whole(folder / LATEST, name.encode())
+    write_whole(folder / LATEST, name)
     return root
 
 
