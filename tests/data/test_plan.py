@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vitdist.data.loading import loader
-from vitdist.data.loading.loader import EvaluationSource, Place, TrainSource
+from vitdist.data.loading import places as places_module
+from vitdist.data.loading.places import EvaluationSource, Place, TrainSource
 from vitdist.data.plan import MAX_RANGES, TrainPlan, evaluation_span, make_plan
 from vitdist.data.views import View, everything
 from vitdist.errors import DataError
@@ -53,9 +53,9 @@ def random_case(number: int) -> Case:
     return Case(counts, view, labels, sampling, int(rng.choice(batches)), int(rng.integers(1 << 40)))
 
 
-def read(source: TrainSource | EvaluationSource, num_workers: int, batch: int) -> Iterator[list[Place]]:
+def read(source: TrainSource | EvaluationSource, num_workers: int) -> Iterator[list[Place]]:
     """A rank's batches in the order in which torch's loader hands over those of its workers: in turn."""
-    streams = [_of_worker(source, worker, num_workers, batch) for worker in range(max(1, num_workers))]
+    streams = [_of_worker(source, worker, num_workers) for worker in range(max(1, num_workers))]
     while streams:
         for stream in list(streams):
             found = next(stream, None)
@@ -65,19 +65,17 @@ def read(source: TrainSource | EvaluationSource, num_workers: int, batch: int) -
                 yield found
 
 
-def _of_worker(
-    source: TrainSource | EvaluationSource, worker: int, num_workers: int, batch: int
-) -> Iterator[list[Place]]:
+def _of_worker(source: TrainSource | EvaluationSource, worker: int, num_workers: int) -> Iterator[list[Place]]:
     info = SimpleNamespace(id=worker, num_workers=num_workers) if num_workers else None
-    original, loader.get_worker_info = loader.get_worker_info, lambda: info
+    original, places_module.get_worker_info = places_module.get_worker_info, lambda: info
     try:
-        places = iter(source)
-        first = list(itertools.islice(places, batch))  # a generator asks who it is when it begins
+        batches = iter(source)
+        first = next(batches, None)  # a generator asks who it is when it begins
     finally:
-        loader.get_worker_info = original
-    while first:
+        places_module.get_worker_info = original
+    if first is not None:
         yield first
-        first = list(itertools.islice(places, batch))
+    yield from batches
 
 
 def trained(case: Case, world: int, num_workers: int, accumulation: int, start: int, stop: int) -> list[Place]:
@@ -86,7 +84,7 @@ def trained(case: Case, world: int, num_workers: int, accumulation: int, start: 
     places: list[Place] = []
     for rank in range(world):
         source = TrainSource(case.plan(), rank=rank, world=world, micro_batch_size=micro, start=start)
-        batches = list(itertools.islice(read(source, num_workers, micro), (stop - start) * accumulation))
+        batches = list(itertools.islice(read(source, num_workers), (stop - start) * accumulation))
         assert [len(batch) for batch in batches] == [micro] * ((stop - start) * accumulation)
         assert all(len({place.position for place in batch}) == 1 for batch in batches)
         places += [place for batch in batches for place in batch]
@@ -138,7 +136,7 @@ def test_random_evaluations(number: int) -> None:
         spans = [evaluation_span(total, rank, world) for rank in range(world)]
         for span in spans:
             source = EvaluationSource(case.view, span, batch)
-            found = list(read(source, num_workers, batch))
+            found = list(read(source, num_workers))
             assert all(len(part) == batch for part in found[:-1])
             rows += [place.row for part in found for place in part]
         assert rows == case.view.rows(0, total).tolist()

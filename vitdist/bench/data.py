@@ -13,10 +13,12 @@ import numpy as np
 from vitdist.bench.cores import WARM_UP, Taken, bare, streamed
 from vitdist.data import rivals
 from vitdist.data.index import Split
-from vitdist.data.loading.loader import Load, Loader, TrainSource, batches
+from vitdist.data.loading.load import Load
+from vitdist.data.loading.loader import Loader, batches
+from vitdist.data.loading.places import TrainSource
 from vitdist.data.pixels import augmentations as ops
 from vitdist.data.pixels.images import decode, decode_scaled, read_header
-from vitdist.data.pixels.transforms import Augment, Draws, Preprocessing, TrainTransform, resize
+from vitdist.data.pixels.transforms import Augment, Preprocessing, TrainTransform, resize
 from vitdist.data.plan import TrainPlan, make_plan
 from vitdist.data.storage.shards import ShardReader
 from vitdist.data.views import everything
@@ -126,9 +128,9 @@ class BareLoop:
         plan = wish.plan()
         slots = [plan.slots(position, 0, wish.batch) for position in range(plan.steps_per_epoch)]
         self._work = [
-            (data[row], Draws(seed).crop)
+            (data[row], draws.crop)
             for slot in slots
-            for row, seed in zip(slot.rows.tolist(), slot.seeds.tolist(), strict=True)
+            for row, draws in zip(slot.rows.tolist(), TrainTransform.draw(slot.seeds.tolist()), strict=True)
         ]
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -50,10 +51,9 @@ def _decoding() -> Iterator[object]:
     file = io.BytesIO()
     Image.fromarray(pixels).resize((300, 300)).save(file, "JPEG", quality=90)
     transform = TrainTransform(Preprocessing(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), Augment())
-    data, out, seed = file.getvalue(), np.empty((224, 224, 3), np.uint8), 0
-    while True:
-        yield transform(data, seed, out)
-        seed += 1
+    data, out = file.getvalue(), np.empty((224, 224, 3), np.uint8)
+    for draws in itertools.cycle(transform.draw(range(1000))):
+        yield transform(data, draws, out)
 
 
 KINDS = {PRODUCTS: _products, DECODING: _decoding}

@@ -6,8 +6,9 @@ in float, and a plain webdataset pipeline that decodes with PIL; the last takes 
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 from vitdist.data.index import Split
-from vitdist.data.pixels.transforms import Augment, Preprocessing, TrainTransform, prepare_worker
+from vitdist.data.pixels.transforms import Augment, Draws, Preprocessing, TrainTransform, prepare_worker
 from vitdist.data.storage.shards import ShardReader
+
+DRAWN = 32  # views, as many as our loader draws together
 
 
 def usual_transform(preprocessing: Preprocessing, augment: Augment) -> Callable[[Image.Image], torch.Tensor]:
@@ -101,12 +104,17 @@ class _OurPair:
     """The same of a sample's bytes by our transform."""
 
     def __init__(self, transform: TrainTransform, suffixes: tuple[str, ...]) -> None:
-        self._transform, self._suffixes, self._count = transform, suffixes, 0
+        self._transform, self._suffixes, self._draws = transform, suffixes, _draws(transform)
 
     def __call__(self, sample: dict[str, Any]) -> tuple[np.ndarray, str]:
         data = next(sample[suffix] for suffix in self._suffixes if suffix in sample)
-        self._count += 1
-        return self._transform(data, self._count), _label(json.loads(sample.get("json", b"{}")))
+        return self._transform(data, next(self._draws)), _label(json.loads(sample.get("json", b"{}")))
+
+
+def _draws(transform: TrainTransform) -> Iterator[Draws]:
+    """Of one seed after the other, made together as our loader makes them."""
+    for first in itertools.count(0, DRAWN):
+        yield from transform.draw(range(first, first + DRAWN))
 
 
 def _label(described: dict[str, Any]) -> str:

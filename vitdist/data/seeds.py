@@ -46,6 +46,11 @@ def hash_words(*words: Words) -> np.ndarray:
         return state
 
 
+def uniform(words: np.ndarray) -> np.ndarray:
+    """float64 in [0, 1) of uint64 words: their upper 53 bits, all that a float64 holds."""
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
 def shuffled(count: int, *words: int) -> np.ndarray:
     """int64 [count]: a permutation that depends on the words alone."""
     return np.argsort(hash_words(*words, np.arange(count, dtype=np.uint64)), kind="stable")

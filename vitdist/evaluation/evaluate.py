@@ -67,8 +67,8 @@ def evaluate(
             damages += [str(damage) for damage in batch.damages]
             images = to_input(batch.images.to(engine.device, non_blocking=True))
             logits = [level.float().cpu().numpy() for level in model(images)]
-            table = from_logits(batch.rows.numpy(), targets[batch.labels.numpy()], logits)
-            parts.append(table.take(batch.valid.numpy()))
+            table = from_logits(batch.rows, targets[batch.labels.numpy()], logits)
+            parts.append(table.take(batch.valid))
     return Evaluated(_join(engine, parts), [text for texts in engine.gather_json(damages) for text in texts])
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitdist.data.loading.loader import EvaluationSource, Place, TrainSource
+from vitdist.data.loading.places import EvaluationSource, Place, TrainSource
 from vitdist.data.plan import TrainPlan, evaluation_span
 from vitdist.data.views import View
 from vitdist.recipe.batch import BatchSplit
@@ -80,8 +80,8 @@ def loader_order(make_plan: MakePlan, world: int, batch: BatchSplit) -> Finding:
             source = TrainSource(
                 make_plan(), rank=rank, world=world, micro_batch_size=batch.micro_batch_size, start=start
             )
-            count = NUM_SOURCE_STEPS * batch.accumulation * batch.micro_batch_size
-            places += itertools.islice(source, count)
+            for micro_batch in itertools.islice(source, NUM_SOURCE_STEPS * batch.accumulation):
+                places += micro_batch
         found = [(place.position, place.slot, place.row, place.seed) for place in places]
         if sorted(found) != list(_planned(whole, start)):
             return Finding("loader and plan agree", scope, f"from step {start + 1} on they differ")
@@ -106,7 +106,7 @@ def mixing_pairs(global_batch_size: int, world: int, batch: BatchSplit) -> Findi
 def evaluation_order(view: View, world: int, batch_size: int) -> Finding:
     """Every sample of a view exactly once over all ranks, in file order."""
     spans = [evaluation_span(view.num_samples, rank, world) for rank in range(world)]
-    rows = [place.row for span in spans for place in EvaluationSource(view, span, batch_size)]
+    rows = [place.row for span in spans for batch in EvaluationSource(view, span, batch_size) for place in batch]
     scope = f"{view.num_samples:,} samples, {world:,} ranks"
     fault = None if rows == view.rows(0, view.num_samples).tolist() else "some are left out, repeated or out of order"
     return Finding("evaluation sees each sample once", scope, fault)

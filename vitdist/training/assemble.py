@@ -10,7 +10,9 @@ import torch
 
 from vitdist.data.index import Split
 from vitdist.data.loading.batch import Batch
-from vitdist.data.loading.loader import EvaluationSource, Load, Mix, TrainSource, Unseeded, batches
+from vitdist.data.loading.load import Load, Unseeded
+from vitdist.data.loading.loader import Mix, batches
+from vitdist.data.loading.places import EvaluationSource, TrainSource
 from vitdist.data.pixels.mixing import Mixing
 from vitdist.data.pixels.transforms import Augment, EvalTransform, Preprocessing, TrainTransform
 from vitdist.data.plan import TrainPlan, evaluation_span, make_plan

@@ -79,7 +79,7 @@ class Journal:
                 "slot": slot,
                 "key": batch.keys[index],
                 "row": row,
-                "seed": seed & (2**64 - 1),
+                "seed": seed,
                 "partner": slot ^ 1 if lam is not None else None,
                 "mix": lam[index] if lam is not None else None,
             }

@@ -222,9 +222,9 @@ def _blank(job: Job, size: int) -> Batch:
     side = job.preprocessing.image_size
     mixed = job.recipe.augment.mixup or job.recipe.augment.cutmix
     mix = MixTensors(torch.ones(size), torch.ones(size), torch.zeros(size, 4, dtype=torch.int32)) if mixed else None
-    rows = torch.zeros(size, dtype=torch.int64)
     label = int(np.asarray(job.datasets.train_labels())[0])
     return Batch(
-        images=torch.zeros(size, side, side, 3, dtype=torch.uint8), labels=rows + label, valid=rows == 0, rows=rows,
-        seeds=rows, position=0, epoch=0, slot=0, damages=[], keys=[], mix=mix,
+        images=torch.zeros(size, side, side, 3, dtype=torch.uint8), labels=torch.full((size,), label),
+        rows=np.zeros(size, np.int64), seeds=np.zeros(size, np.uint64), valid=np.ones(size, bool),
+        position=0, epoch=0, slot=0, damages=[], keys=[], mix=mix,
     )  # fmt: skip

@@ -78,8 +78,8 @@ def _features(
         for batch in loader:
             images = to_input(batch.images.to(engine.device))
             levels = model.head.features(model.backbone(images))
-            features.append(torch.stack([level.float() for level in levels], dim=1).cpu().numpy()[batch.valid.numpy()])
-            targets.append(datasets.targets[batch.labels.numpy()][batch.valid.numpy()])
+            features.append(torch.stack([level.float() for level in levels], dim=1).cpu().numpy()[batch.valid])
+            targets.append(datasets.targets[batch.labels.numpy()][batch.valid])
     return engine.gather(np.concatenate(features)), engine.gather(np.concatenate(targets))
 
 

@@ -15,7 +15,9 @@ from tests.data.storage.test_damage import PREPARED, account
 from tests.data.storage.test_untrusted import jpeg_bomb, png_bomb, tar
 from vitdist.data.index import Split
 from vitdist.data.loading.batch import Batch
-from vitdist.data.loading.loader import TOGETHER, EvaluationSource, Load, Place, TrainSource, Unseeded, batches
+from vitdist.data.loading.load import TOGETHER, Load, Unseeded
+from vitdist.data.loading.loader import batches
+from vitdist.data.loading.places import EvaluationSource, Place, TrainSource
 from vitdist.data.packing.foreign import index_foreign
 from vitdist.data.packing.labels import LabelReader
 from vitdist.data.pixels.transforms import Augment, EvalTransform, TrainTransform
@@ -98,7 +100,7 @@ def test_a_gap_is_black_whatever_lay_there_before(split: Split) -> None:
 
 def test_places_together_become_what_each_becomes_alone(split: Split) -> None:
     """More than are read together, good and bad."""
-    rows = [*range(split.num_samples), *range(split.num_samples)]
+    rows = 4 * list(range(split.num_samples))
     assert len(rows) > 2 * TOGETHER
     load = Load(split, TrainTransform(PREPARED, Augment()))
     places = [Place(row, 100 + slot, 0, 0, slot) for slot, row in enumerate(rows)]

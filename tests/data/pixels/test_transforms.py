@@ -29,13 +29,13 @@ from vitdist.data.pixels.augmentations import (
 from vitdist.data.pixels.images import Pixels, decode, decode_scaled, read_header
 from vitdist.data.pixels.transforms import (
     Augment,
-    Draws,
     EvalTransform,
     Preprocessing,
     TrainTransform,
     evaluation_view,
     resize,
 )
+from vitdist.data.seeds import hash_words, uniform
 from vitdist.errors import CheckpointError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -53,6 +53,10 @@ def photograph(height: int = 240, width: int = 320, seed: int = 0) -> Pixels:
         chance.integers(0, 256, (8, 10, 3), dtype=np.uint8), (width, height), interpolation=cv2.INTER_CUBIC
     )
     return np.clip(coarse + chance.normal(0, 12, coarse.shape), 0, 255).astype(np.uint8)
+
+
+def view_of(transform: TrainTransform, data: bytes, seed: int) -> Pixels:
+    return transform(data, transform.draw([seed])[0])
 
 
 def jpeg(pixels: Pixels) -> bytes:
@@ -100,32 +104,35 @@ def test_evaluation_view_of_a_large_photograph_is_near_timms_though_decoded_smal
 def test_strips_and_small_pictures() -> None:
     for shape in ((1, 5000), (5000, 1), (1, 1), (3, 7)):
         data = jpeg(np.full((*shape, 3), 90, np.uint8))
-        for view in (EvalTransform(preprocessing())(data), TrainTransform(preprocessing(), Augment())(data, 1)):
+        for view in (
+            EvalTransform(preprocessing())(data),
+            view_of(TrainTransform(preprocessing(), Augment()), data, 1),
+        ):
             assert view.shape == (96, 96, 3) and abs(view.mean() - 90) < 2
 
 
 def test_a_view_is_a_pure_function_of_bytes_and_seed() -> None:
     transform, again = (TrainTransform(preprocessing(), FULL) for _ in range(2))
     seeds = [0, 1, 2**63, 2**64 - 1, 12345]
-    first = [transform(DATA, seed) for seed in seeds]
+    first = [view_of(transform, DATA, seed) for seed in seeds]
     for view in first:
         assert view.dtype == np.uint8 and view.shape == (96, 96, 3) and view.flags.c_contiguous and view.flags.writeable
-    second = [again(DATA, seed) for seed in reversed(seeds)][::-1]
+    second = [view_of(again, DATA, seed) for seed in reversed(seeds)][::-1]
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(not np.array_equal(first[0], other) for other in first[1:])
     sent = pickle.loads(pickle.dumps(transform))  # as to a worker that was spawned
-    assert np.array_equal(sent(DATA, 7), transform(DATA, np.uint64(7)))
+    assert np.array_equal(view_of(sent, DATA, 7), view_of(transform, DATA, 7))
 
 
 @pytest.mark.parametrize("auto", ["none", "trivialaugment", "randaugment"])
 def test_global_generators_are_left_alone(auto: Any) -> None:
     transform = TrainTransform(preprocessing(), Augment(auto=auto, color_jitter=0.4, erasing=0.5))
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    views = [transform(DATA, seed) for seed in range(4)]
+    views = [view_of(transform, DATA, seed) for seed in range(4)]
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1] and random.getstate() == before[2]
     torch.manual_seed(99), np.random.seed(99), random.seed(99)
-    assert all(np.array_equal(transform(DATA, seed), view) for seed, view in enumerate(views))
+    assert all(np.array_equal(view_of(transform, DATA, seed), view) for seed, view in enumerate(views))
 
 
 @pytest.mark.parametrize("auto", ["trivialaugment", "randaugment"])
@@ -137,7 +144,7 @@ def test_the_number_of_threads_changes_nothing(auto: Any) -> None:
     try:
         for threads in (1, 4):
             torch.set_num_threads(threads), cv2.setNumThreads(threads)
-            views.append([transform(DATA, seed) for seed in range(20)])
+            views.append([view_of(transform, DATA, seed) for seed in range(20)])
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(torch_threads), cv2.setNumThreads(opencv_threads)
@@ -163,7 +170,7 @@ def test_automatic_operations_run_on_one_thread() -> None:
 
 def test_without_augmentation_training_sees_what_evaluation_sees() -> None:
     transform = TrainTransform(preprocessing(crop_pct=0.9), Augment(crop_scale=(1, 1), flip=0))
-    assert np.array_equal(transform(DATA, 5), evaluation_view(DATA, preprocessing(crop_pct=0.9)))
+    assert np.array_equal(view_of(transform, DATA, 5), evaluation_view(DATA, preprocessing(crop_pct=0.9)))
 
 
 def test_switching_one_augmentation_leaves_the_others() -> None:
@@ -171,16 +178,18 @@ def test_switching_one_augmentation_leaves_the_others() -> None:
     jittered = TrainTransform(
         preprocessing(), Augment((0.3, 1), flip=0.5, color_jitter=(0.0, 0.0, 0.0, 1e-6), erasing=0.3)
     )
-    same = [np.abs(plain(DATA, seed).astype(int) - jittered(DATA, seed)).max() <= 1 for seed in range(60)]
+    same = [
+        np.abs(view_of(plain, DATA, seed).astype(int) - view_of(jittered, DATA, seed)).max() <= 1 for seed in range(60)
+    ]
     assert 0.5 < np.mean(same) < 0.9  # those that are not have their rectangle erased
 
 
 def test_flip_mirrors() -> None:
-    straight, mirrored = (TrainTransform(preprocessing(), Augment((0.3, 1), flip=flip))(DATA, 3) for flip in (0.0, 1.0))
+    transforms = (TrainTransform(preprocessing(), Augment((0.3, 1), flip=flip)) for flip in (0.0, 1.0))
+    straight, mirrored = (view_of(transform, DATA, 3) for transform in transforms)
     assert np.array_equal(straight[:, ::-1], mirrored)
-    flips = [
-        np.array_equal(TrainTransform(preprocessing(32), Augment((1, 1)))(DATA, s)[:, ::-1], HALF) for s in range(400)
-    ]
+    maybe = TrainTransform(preprocessing(32), Augment((1, 1)))
+    flips = [np.array_equal(view_of(maybe, DATA, seed)[:, ::-1], HALF) for seed in range(400)]
     assert np.mean(flips) == pytest.approx(0.5, abs=0.08)
 
 
@@ -215,9 +224,9 @@ def test_a_crop_of_just_the_wanted_size_is_contiguous() -> None:
 def test_a_view_of_a_picture_of_just_the_wanted_size_outlives_the_next_one(flip: float) -> None:
     first, second = jpeg(photograph(96, 96, 1)), jpeg(photograph(96, 96, 2))
     transform = TrainTransform(preprocessing(), Augment((1 - 1e-9, 1), (1, 1), flip=flip))
-    view = transform(first, 0)
+    view = view_of(transform, first, 0)
     seen = view.copy()
-    transform(second, 0)
+    view_of(transform, second, 0)
     assert np.array_equal(view, seen), "it lies where the next picture was decoded to"
     expected = decode_scaled(first, read_header(first), fast=True)
     assert np.array_equal(seen, expected[:, ::-1] if flip else expected)
@@ -237,16 +246,33 @@ def test_a_view_goes_where_it_is_wanted_and_nowhere_else() -> None:
     for augment in (FULL, Augment(), Augment((1, 1))):
         transform = TrainTransform(preprocessing(), augment)
         for seed in range(30):
-            assert transform(DATA, transform.draw(seed), images[1]) is not None
-            assert np.array_equal(images[1], transform(DATA, seed))
+            assert transform(DATA, transform.draw([seed])[0], images[1]) is not None
+            assert np.array_equal(images[1], view_of(transform, DATA, seed))
     assert (images[[0, 2]] == 7).all()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**64 - 1])
-def test_draws_are_one_generators_numbers_and_then_its_bytes(seed: int) -> None:
-    generator, draws = np.random.Generator(np.random.PCG64(seed)), Draws(seed)
-    assert draws.crop + draws.erased_box + draws.rest == generator.random(2 * NUM_BOX_DRAWS + 7).tolist()
-    assert draws.noise(100).tobytes() == generator.bytes(100)
+def test_draws_are_fixed_whatever_is_drawn_beside_them() -> None:
+    # A change here is a change of every run's augmentation.
+    draws = TrainTransform.draw([0, 1, 2**64 - 1])
+    assert [one.numbers[0] for one in draws] == [0.6524484863740322, 0.36818951565166946, 0.3662420901697574]
+    assert [TrainTransform.draw([one.seed])[0] for one in draws] == draws
+    for one in draws:
+        assert len(one.crop) == len(one.erased_box) == NUM_BOX_DRAWS and len(one.rest) == 7
+        assert one.crop + one.erased_box + one.rest == one.numbers
+        words = hash_words(one.seed, np.arange(len(one.numbers) + 2, dtype=np.uint64))
+        assert uniform(words)[:-2].tolist() == one.numbers
+        assert one.noise(13).tobytes() == b"".join(int(word).to_bytes(8, "little") for word in words[-2:])[:13]
+
+
+def test_draws_are_uniform_and_independent() -> None:
+    """Of seeds that follow one another, which is harder than those of a plan."""
+    numbers = np.array([one.numbers for one in TrainTransform.draw(range(20_000))])
+    assert numbers.min() >= 0 and numbers.max() < 1
+    for place in numbers.T:
+        assert np.abs(np.histogram(place, 20, (0, 1))[0] - 1000).max() < 150
+    together = np.corrcoef(numbers.T) - np.eye(numbers.shape[1])
+    after = [np.corrcoef(place[1:], place[:-1])[0, 1] for place in numbers.T]
+    assert np.abs(together).max() < 0.035 and np.abs(after).max() < 0.035
 
 
 def test_a_crop_that_never_fits_is_the_largest_central_one() -> None:
@@ -319,7 +345,7 @@ def test_rotation() -> None:
 def test_erasing() -> None:
     seeds = range(300)
     erasing, plain = (TrainTransform(preprocessing(64), Augment((0.5, 1), flip=0, erasing=p)) for p in (0.25, 0.0))
-    changed = [(erasing(DATA, seed) != plain(DATA, seed)).any(axis=2) for seed in seeds]
+    changed = [(view_of(erasing, DATA, seed) != view_of(plain, DATA, seed)).any(axis=2) for seed in seeds]
     shares = np.array([mask.mean() for mask in changed])
     assert np.mean(shares > 0) == pytest.approx(0.25, abs=0.07)
     assert shares[shares > 0].min() > 0.015 and shares.max() < 0.35
@@ -339,10 +365,10 @@ def test_noise_has_the_datas_mean_and_deviation() -> None:
 def test_automatic_augmentation_is_torchvisions(auto: Any) -> None:
     kinds: dict[str, Any] = {"trivialaugment": v2.TrivialAugmentWide, "randaugment": v2.RandAugment}
     operation = kinds[auto](interpolation=v2.InterpolationMode.BILINEAR, fill=[124, 116, 104])
-    base = TrainTransform(preprocessing(), Augment(flip=0))(DATA, 11)
+    base = view_of(TrainTransform(preprocessing(), Augment(flip=0)), DATA, 11)
     torch.manual_seed(11)
     expected = operation(torch.from_numpy(base).permute(2, 0, 1)).permute(1, 2, 0).numpy()
-    assert np.array_equal(TrainTransform(preprocessing(), Augment(flip=0, auto=auto))(DATA, 11), expected)
+    assert np.array_equal(view_of(TrainTransform(preprocessing(), Augment(flip=0, auto=auto)), DATA, 11), expected)
 
 
 def test_preprocessing_goes_through_json() -> None:

@@ -18,8 +18,10 @@ import pytest
 from tests.data.tiny import tiny_packed
 from vitdist.data.index import DatasetIndex, Split, load_index
 from vitdist.data.loading.batch import Batch
-from vitdist.data.loading.loader import EvaluationSource, Load, TrainSource, Unseeded, batches
-from vitdist.data.pixels.transforms import Augment, EvalTransform, Preprocessing, TrainTransform
+from vitdist.data.loading.load import Load, Unseeded
+from vitdist.data.loading.loader import batches
+from vitdist.data.loading.places import EvaluationSource, TrainSource
+from vitdist.data.pixels.transforms import Augment, Draws, EvalTransform, Preprocessing, TrainTransform
 from vitdist.data.plan import TrainPlan, evaluation_span, make_plan
 from vitdist.data.storage.shards import DamagedSample, ShardReader
 from vitdist.data.views import everything
@@ -196,10 +198,10 @@ class Witness:
         self.strangers = 0
         self._transform = TrainTransform(PREPARED, Augment())
 
-    def draw(self, seed: int) -> int:
-        return seed
+    def draw(self, seeds: list[int]) -> list[Draws]:
+        return self._transform.draw(seeds)
 
-    def __call__(self, data: bytes, drawn: int, out: np.ndarray) -> None:
+    def __call__(self, data: bytes, drawn: Draws, out: np.ndarray) -> None:
         self.strangers += zlib.crc32(data) not in self.known
         self._transform(data, drawn, out)
 
@@ -249,7 +251,7 @@ def test_skip_counts_exactly_and_the_epoch_is_complete(what: str, own: DatasetIn
             assert len(rows) == split.num_samples, "a damaged sample's slot is filled"
             assert all(batch.valid.all() for batch in found)
             labels = split.samples["label"]
-            assert all(batch.labels.tolist() == labels[batch.rows.numpy()].tolist() for batch in found)
+            assert all(batch.labels.tolist() == labels[batch.rows].tolist() for batch in found)
         assert used(by_world[1]) == used(by_world[2])
         assert witness.strangers == 0
 

@@ -23,7 +23,9 @@ import webdataset
 from PIL import Image
 
 from vitdist.data.index import SAMPLE_DTYPE, DatasetIndex, load_index
-from vitdist.data.loading.loader import EvaluationSource, Load, Unseeded, batches
+from vitdist.data.loading.load import Load, Unseeded
+from vitdist.data.loading.loader import batches
+from vitdist.data.loading.places import EvaluationSource
 from vitdist.data.packing.foreign import index_foreign
 from vitdist.data.packing.indexing import index_bytes, make_split, write_index
 from vitdist.data.packing.labels import LabelReader

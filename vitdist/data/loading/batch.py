@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from vitdist.data.loading.memory import Piece, received
@@ -17,15 +18,16 @@ from vitdist.data.storage.shards import Damage
 class Batch:
     """A micro-batch of B samples. images uint8 [B, S, S, 3]; labels int64 [B], nodes of the packed tree.
 
-    valid bool [B]: False where a damaged sample has no replacement (then its image is black). position and slot say
-    where it stands in the plan. mix is there when the recipe mixes.
+    rows int64 [B], seeds uint64 [B] and valid bool [B] stay on the host; valid is False where a damaged sample has no
+    replacement (then its image is black). position and slot say where it stands in the plan. mix is there when the
+    recipe mixes.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
-    valid: torch.Tensor
-    rows: torch.Tensor
-    seeds: torch.Tensor
+    rows: np.ndarray
+    seeds: np.ndarray
+    valid: np.ndarray
     position: int
     epoch: int
     slot: int
@@ -38,14 +40,11 @@ class Batch:
         return len(self.rows)
 
     def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
-        """From a worker to its parent: few and small things as bytes, since each tensor would be a file of torch's."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        if self.piece is not None:
-            values["images"] = None
-        for name in ("labels", "valid", "rows", "seeds"):
-            values[name] = values[name].numpy()
-        values["mix"] = None if self.mix is None else [part.numpy() for part in self.mix]
-        return _received, (values,)
+        """From a worker to its parent: no tensor, since each would be a file of torch's; the pixels where they lie."""
+        images = self.images if self.piece is None else self.piece
+        arrays = (self.labels.numpy(), self.rows, self.seeds, self.valid)
+        mix = None if self.mix is None else [part.numpy() for part in self.mix]
+        return _received, (images, arrays, mix, self.position, self.epoch, self.slot, self.damages, self.keys)
 
     def pin_memory(self) -> Batch:
         """Called by torch's loader, so that copies to the device do not wait."""
@@ -66,13 +65,13 @@ class Batch:
         )
 
 
-def _received(values: dict[str, Any]) -> Batch:
+def _received(
+    images: torch.Tensor | Piece, arrays: tuple[np.ndarray, ...], mix: list[np.ndarray] | None, *told: Any
+) -> Batch:
     """A batch as its worker sent it."""
-    piece = values.pop("piece")
-    if piece is not None:
-        values["images"] = torch.from_numpy(received(piece)[: len(values["rows"])])
-    for name in ("labels", "valid", "rows", "seeds"):
-        values[name] = torch.from_numpy(values[name])
-    if values["mix"] is not None:
-        values["mix"] = MixTensors(*(torch.from_numpy(part) for part in values["mix"]))
-    return Batch(**values)
+    labels, rows, seeds, valid = arrays
+    if isinstance(images, Piece):
+        images = torch.from_numpy(received(images)[: len(rows)])
+    batch = Batch(images, torch.from_numpy(labels), rows, seeds, valid, *told)
+    batch.mix = None if mix is None else MixTensors(*map(torch.from_numpy, mix))
+    return batch

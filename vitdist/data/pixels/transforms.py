@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from vitdist.data.pixels import augmentations as ops
 from vitdist.data.pixels.augmentations import Auto, Box
 from vitdist.data.pixels.images import MAX_PIXELS, Pixels, Scratch, decode_scaled, read_header
+from vitdist.data.seeds import hash_words, uniform
 from vitdist.errors import CheckpointError
 
 Interpolation = Literal["bicubic", "bilinear"]
@@ -27,6 +28,7 @@ _KERNELS = {
     "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
 }
 _NUM_DRAWS = 2 * ops.NUM_BOX_DRAWS + 7
+_PLACES = np.arange(_NUM_DRAWS, dtype=np.uint64)
 
 # Evaluation leaves a factor of two or more to the antialiased resize, so that DCT scaling changes a pixel by 1-2 levels
 # on average; training is content with enough pixels (2-3 levels, the same sharpness).
@@ -108,37 +110,29 @@ class Augment:
         return (value, value, value, 0.0) if isinstance(value, (int, float)) else value
 
 
-class Draws:
+class Draws(NamedTuple):
     """The numbers of one view, each at its own place: an augmentation switched off leaves the others as they were."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = int(seed)
-        self._numbers = self._generator().random(_NUM_DRAWS)
+    seed: int
+    numbers: list[float]
 
     @property
     def crop(self) -> list[float]:
-        numbers: list[float] = self._numbers[: ops.NUM_BOX_DRAWS].tolist()
-        return numbers
+        return self.numbers[: ops.NUM_BOX_DRAWS]
 
     @property
     def erased_box(self) -> list[float]:
-        numbers: list[float] = self._numbers[ops.NUM_BOX_DRAWS : 2 * ops.NUM_BOX_DRAWS].tolist()
-        return numbers
+        return self.numbers[ops.NUM_BOX_DRAWS : 2 * ops.NUM_BOX_DRAWS]
 
     @property
     def rest(self) -> list[float]:
         """Of flip, angle, whether to erase, and the four of colour."""
-        numbers: list[float] = self._numbers[2 * ops.NUM_BOX_DRAWS :].tolist()
-        return numbers
+        return self.numbers[2 * ops.NUM_BOX_DRAWS :]
 
     def noise(self, count: int) -> Pixels:
-        """Bytes that the generator gives after the numbers."""
-        generator = self._generator()
-        generator.random(_NUM_DRAWS)
-        return np.frombuffer(generator.bytes(count), np.uint8)
-
-    def _generator(self) -> np.random.Generator:
-        return np.random.Generator(np.random.PCG64(self.seed))
+        """Bytes from the places after the numbers."""
+        words = hash_words(self.seed, np.arange(_NUM_DRAWS, _NUM_DRAWS + -(-count // 8), dtype=np.uint64))
+        return words.astype("<u8").view(np.uint8)[:count]
 
 
 class TrainTransform:
@@ -153,14 +147,15 @@ class TrainTransform:
         self._scratch = Scratch()
         self._jitter = augment.jitter if any(augment.jitter) else None
 
-    def draw(self, seed: int) -> Draws:
-        """The random numbers of one view; `seed` is a uint64."""
-        return Draws(seed)
+    @staticmethod
+    def draw(seeds: Sequence[int]) -> list[Draws]:
+        """The numbers of some views, a uint64 seed each; made together, since a call costs more than its numbers."""
+        numbers = uniform(hash_words(np.array(seeds, np.uint64)[:, None], _PLACES))
+        return list(map(Draws, seeds, numbers.tolist()))
 
-    def __call__(self, data: bytes, drawn: Draws | int, out: Pixels | None = None) -> Pixels:
-        """uint8 [S, S, 3], contiguous: `out`, or new; of what was drawn, or is from a seed; raises DamagedImage."""
-        draws, augment = drawn if isinstance(drawn, Draws) else Draws(drawn), self.augment
-        size = self.preprocessing.image_size
+    def __call__(self, data: bytes, draws: Draws, out: Pixels | None = None) -> Pixels:
+        """uint8 [S, S, 3], contiguous: `out`, or new; raises DamagedImage."""
+        augment, size = self.augment, self.preprocessing.image_size
         out = np.empty((size, size, 3), np.uint8) if out is None else out
         flip, angle, erase, *colour = draws.rest
         self._view(data, draws.crop, flip < augment.flip, out)
