@@ -139,6 +139,8 @@ def test_random_evaluations(number: int) -> None:
             found = list(read(source, num_workers))
             assert all(len(part) == batch for part in found[:-1])
             rows += [place.row for part in found for place in part]
+            slots = [place.slot for part in found for place in part]
+            assert slots == list(range(*span))
         assert rows == case.view.rows(0, total).tolist()
         assert max(stop - start for start, stop in spans) - min(stop - start for start, stop in spans) <= 1
 

@@ -20,7 +20,7 @@ from vitdist.data.loading.memory import PIECES, BatchMemory
 from vitdist.data.loading.places import TrainSource
 from vitdist.data.pixels.mixing import Mixing
 from vitdist.data.pixels.transforms import Augment, Preprocessing, TrainTransform
-from vitdist.data.plan import make_plan
+from vitdist.data.plan import TrainPlan, make_plan
 from vitdist.data.views import everything
 
 PREPARED = Preprocessing(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -33,11 +33,13 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
     return packed.split("train")
 
 
+def plan_of(split: Split) -> TrainPlan:
+    view = everything(split.shard_starts)
+    return make_plan(view, np.empty(0, np.int32), sampling="uniform", global_batch_size=BATCH, seed=4)
+
+
 def loader(split: Split, num_workers: int) -> Loader:
-    plan = make_plan(
-        everything(split.shard_starts), np.empty(0, np.int32), sampling="uniform", global_batch_size=BATCH, seed=4
-    )
-    source = TrainSource(plan, rank=0, world=1, micro_batch_size=BATCH, start=0)
+    source = TrainSource(plan_of(split), rank=0, world=1, micro_batch_size=BATCH, start=0)
     load = Load(split, TrainTransform(PREPARED, Augment()), with_keys=True)
     mixing = Mix(Mixing(0.8, 1.0), seed=4, steps_per_epoch=15, global_batch_size=BATCH, image_size=32)
     return batches(source, load, 32, BATCH, mix=mixing, num_workers=num_workers)
@@ -52,6 +54,18 @@ def equal(left: Batch, right: Batch) -> bool:
         and all(torch.equal(*pair) for pair in zip(left.mix, right.mix, strict=True))
         and (left.keys, left.position, left.epoch, left.slot) == (right.keys, right.position, right.epoch, right.slot)
     )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_batch_says_where_it_stands_in_the_plan(split: Split, num_workers: int) -> None:
+    plan = plan_of(split)
+    for position, batch in enumerate(itertools.islice(loader(split, num_workers), 20)):
+        slots = plan.slots(position, 0, BATCH)
+        assert (batch.position, batch.epoch, batch.slot) == (position, slots.epoch, 0)
+        assert batch.rows.tolist() == slots.rows.tolist() and batch.seeds.tolist() == slots.seeds.tolist()
+        assert batch.labels.tolist() == split.samples["label"][slots.rows].tolist() and batch.valid.tolist() == 8 * [
+            True
+        ]
 
 
 def test_a_batch_is_not_overwritten_while_somebody_holds_it(split: Split) -> None:
