@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data.tiny import tiny_packed
+from tests.data.tiny import scan_shard, tiny_packed
 from vitdist.data.index import INDEX_NAME, SAMPLE_DTYPE, DatasetIndex, load_index, read_key, render_index
 from vitdist.data.storage.keys import split_name
-from vitdist.data.storage.tar import DamagedShard, scan_shard
+from vitdist.data.storage.tar import DamagedShard
 from vitdist.errors import DataError
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 from vitdist.data.index import DatasetIndex
 from vitdist.data.packing.pack import Packing, pack
 from vitdist.data.sources.cub import read_cub
+from vitdist.data.storage.tar import Member, scan
 from vitdist.taxonomy import Taxonomy, read_csv
 
 LEVELS = ("order", "family", "species")
@@ -99,3 +102,9 @@ def draw(number: int, num_classes: int, size: int, rng: np.random.Generator) -> 
 def _write_lists(path: Path, **lists: list[str]) -> None:
     for name, lines in lists.items():
         (path / f"{name}.txt").write_text("\n".join(lines) + "\n")
+
+
+def scan_shard(path: Path) -> Iterator[Member]:
+    """Members of a tar file in order."""
+    with open(path, "rb") as file:
+        yield from scan(file, str(path), os.fstat(file.fileno()).st_size)

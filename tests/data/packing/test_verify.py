@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.tiny import tiny_packed
+from tests.data.tiny import scan_shard, tiny_packed
 from vitdist.data.index import DatasetIndex, load_index, render_index
 from vitdist.data.packing.verify import verify
-from vitdist.data.storage.tar import scan_shard
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.tiny import scan_shard
 from vitdist.data.storage.tar import (
     BLOCK,
     MAX_HEADER_BLOCKS,
     MAX_LONG,
     DamagedShard,
     parse_header,
-    scan_shard,
     usual_name,
 )
 

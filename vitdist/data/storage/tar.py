@@ -6,11 +6,9 @@ zeroed. Here whatever is not a regular member behind a sound header is damage wi
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from vitdist.errors import DataError
@@ -57,12 +55,6 @@ class Source(Protocol):
     def read(self, size: int = -1, /) -> bytes: ...
 
     def seek(self, offset: int, whence: int = 0, /) -> int: ...
-
-
-def scan_shard(path: str | Path) -> Iterator[Member]:
-    """Members of a tar file in order, without reading their bytes; DamagedShard where it stops being a tar."""
-    with open(path, "rb") as file:
-        yield from scan(file, str(path), os.fstat(file.fileno()).st_size)
 
 
 def scan(file: Source, shard: str, size: int | None = None, *, pass_over: bool = False) -> Iterator[Member]:
