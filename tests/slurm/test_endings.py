@@ -245,7 +245,7 @@ def test_the_doctor_looks_at_an_allocation(cluster: Cluster, long_recipe: Recipe
 
 
 def test_a_limit_that_no_signal_announced(long_recipe: Recipes, submit: Submit) -> None:
-    recipe = long_recipe(train__max_duration="1000steps")
+    recipe = long_recipe(train__max_duration="3000steps")
     job = submit(recipe, options=(*TWO_NODES, "--signal=B:USR2@0", "--time=60"))
     job.wait_for_step(20)
     cut_by_time_limit(job)
