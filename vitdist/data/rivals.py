@@ -22,10 +22,9 @@ from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 from vitdist.data.index import Split
+from vitdist.data.loading.load import TOGETHER
 from vitdist.data.pixels.transforms import Augment, Draws, Preprocessing, TrainTransform, prepare_worker
 from vitdist.data.storage.shards import ShardReader
-
-DRAWN = 32  # views, as many as our loader draws together
 
 
 def usual_transform(preprocessing: Preprocessing, augment: Augment) -> Callable[[Image.Image], torch.Tensor]:
@@ -113,8 +112,8 @@ class _OurPair:
 
 def _draws(transform: TrainTransform) -> Iterator[Draws]:
     """Of one seed after the other, made together as our loader makes them."""
-    for first in itertools.count(0, DRAWN):
-        yield from transform.draw(range(first, first + DRAWN))
+    for first in itertools.count(0, TOGETHER):
+        yield from transform.draw(range(first, first + TOGETHER))
 
 
 def _label(described: dict[str, Any]) -> str:

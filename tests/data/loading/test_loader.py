@@ -63,9 +63,8 @@ def test_a_batch_says_where_it_stands_in_the_plan(split: Split, num_workers: int
         slots = plan.slots(position, 0, BATCH)
         assert (batch.position, batch.epoch, batch.slot) == (position, slots.epoch, 0)
         assert batch.rows.tolist() == slots.rows.tolist() and batch.seeds.tolist() == slots.seeds.tolist()
-        assert batch.labels.tolist() == split.samples["label"][slots.rows].tolist() and batch.valid.tolist() == 8 * [
-            True
-        ]
+        assert batch.labels.tolist() == split.samples["label"][slots.rows].tolist()
+        assert batch.valid.tolist() == BATCH * [True]
 
 
 def test_a_batch_is_not_overwritten_while_somebody_holds_it(split: Split) -> None:
