@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import disks
 from vitdist.checkpoint import state as files
 from vitdist.checkpoint.manifest import MANIFEST, verify
 from vitdist.checkpoint.saver import Saver
@@ -107,14 +107,8 @@ def test_a_slow_disk_is_warned_of_once(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("mounting a small tmpfs needs root")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    with disks.small_disk(tmp_path, "size=1m") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("name", ORDER)

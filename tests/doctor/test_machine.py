@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
-
-import pytest
 
 from tests import launching
 from tests.conftest import Recipes
+from tests.disks import small_disk
 
 
 def doctor(world: int, words: list[str], folder: Path, **env: str) -> tuple[int, list[str]]:
@@ -61,15 +59,8 @@ def test_what_the_recipe_asks_for_and_is_not_there(tiny_recipe: Recipes, tmp_pat
 
 
 def test_a_volume_that_is_nearly_full(tiny_recipe: Recipes, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m,nr_inodes=100", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a small tmpfs needs root")
-    try:
+    with small_disk(tmp_path, "size=64m,nr_inodes=100") as disk:
         code, lines = doctor(1, [str(tiny_recipe()), f"out={disk}/run"], tmp_path)
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
     free, inodes, speed = about("disk", lines)
     assert code == 7 and free.startswith("MEND") and inodes.startswith("MEND")
     assert speed.startswith("MEND") and "cannot be written: No space left" in speed

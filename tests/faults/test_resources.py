@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import launching
+from tests import disks, launching
 from tests.conftest import ROOT, Recipes
 from tests.faults.running import exit_of, last_step, wait_for
 from vitdist.checkpoint.store import Store
@@ -21,13 +21,8 @@ from vitdist.data.index import DatasetIndex
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("mounting a small tmpfs needs root")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    with disks.small_disk(tmp_path, "size=16m") as disk:
+        yield disk
 
 
 def fill(disk: Path, leave: int) -> None:

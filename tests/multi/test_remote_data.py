@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from tests.conftest import Recipes
 from tests.data.tiny import tiny_packed
 from tests.data.web import NGINX, WHY_NOT, Nginx
+from tests.disks import small_disk
 from tests.launching import start
 from vitdist.data.index import DatasetIndex
 
@@ -62,13 +62,8 @@ def test_a_shard_gone_from_the_server_ends_in_one_line(server: Nginx, tiny_recip
     assert "Traceback" not in job.output
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_cache_disk_ends_in_one_line(server: Nginx, tiny_recipe: Recipes, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.system(f"mount -t tmpfs -o size=150k tmpfs '{disk}' 2>/dev/null"):
-        pytest.skip("a small disk cannot be mounted here")
-    try:
+    with small_disk(tmp_path, "size=150k") as disk:
         recipe = str(tiny_recipe(data__path=server.address, data__cache_dir=str(disk)))
         job = start(1, ["train", recipe, f"out={tmp_path / 'run'}"], tmp_path)
         assert job.wait() == [7], job.output
@@ -77,5 +72,3 @@ def test_a_full_cache_disk_ends_in_one_line(server: Nginx, tiny_recipe: Recipes,
             f"data.cache_dir {disk}" in line and ".tar, " in line and "free some space, or name another folder" in line
         )
         assert "Traceback" not in job.output
-    finally:
-        os.system(f"umount -l '{disk}'")

@@ -20,6 +20,7 @@ import pytest
 
 from tests.data.tiny import tiny_packed
 from tests.data.web import BY_NODE, NGINX, WHY_NOT, Nginx, Wire, wait_until
+from tests.disks import small_disk
 from vitdist.data.index import DatasetIndex, load_index
 from vitdist.data.loading.prefetch import Prefetch, shards_of_plan
 from vitdist.data.packing.verify import verify
@@ -279,13 +280,8 @@ def test_a_full_disk_takes_old_copies_first_and_then_is_one_line(server: Nginx, 
     assert leftovers(tmp_path / "cache") == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_small_disk_is_shared_by_what_is_read_now(server: Nginx, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.system(f"mount -t tmpfs -o size=400k tmpfs '{disk}' 2>/dev/null"):
-        pytest.skip("a small disk cannot be mounted here")
-    try:
+    with small_disk(tmp_path, "size=400k") as disk:
         cache = ShardCache(disk, patience=QUICK)
         wanted = []
         for number in range(5):
@@ -304,8 +300,6 @@ def test_a_small_disk_is_shared_by_what_is_read_now(server: Nginx, tmp_path: Pat
         with pytest.raises(NoRoom, match=r"no room for .*0.tar, 150000 bytes are needed and \d+ free"):
             cache.open(wanted[0])
         assert (disk / "others").stat().st_size == 350_000 and leftovers(disk) == []
-    finally:
-        os.system(f"umount -l '{disk}'")
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(server: Nginx, tmp_path: Path) -> None:
